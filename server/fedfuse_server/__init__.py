@@ -1,0 +1,1 @@
+"""What runs at the coordinator, and the auditor's tools."""

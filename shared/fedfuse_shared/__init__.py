@@ -1,0 +1,1 @@
+"""What server and site agree on; imports neither of them."""

@@ -1,0 +1,81 @@
+"""The whole of a run's settings, as read from and written to ``config.toml``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import Frozen, Label
+from fedfuse_shared.config.model import ModelConfig
+from fedfuse_shared.config.privacy import Positive, PrivacyConfig
+
+Count = Annotated[int, Field(ge=0, le=limits.MAX_SITES)]
+
+
+class ServerOptimizer(StrEnum):
+    """How the opened average update is applied (Reddi et al. 2021, Algorithm 2)."""
+
+    FEDAVG = "fedavg"
+    FEDADAM = "fedadam"
+
+
+class TrainingConfig(Frozen):
+    """How a site trains between receiving the model and sending its update."""
+
+    learning_rate: Positive = 0.5
+    """Step size of local DP-SGD."""
+
+
+class AggregationConfig(Frozen):
+    """What the server does with the average update."""
+
+    optimizer: ServerOptimizer = ServerOptimizer.FEDAVG
+    learning_rate: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Server momentum for FedAvg, beta_1 for FedAdam."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the exponential moving average of the weights that is evaluated and published; 0: none."""
+
+
+class SecureAggregationConfig(Frozen):
+    """Bounds of the secure aggregation; what is left out is chosen from the number of participants."""
+
+    threshold: Annotated[int, Field(ge=2, le=limits.MAX_SITES)] | None = None
+    """Shares needed to open a round, t."""
+    colluders: Count | None = None
+    """Sites that may help the server, c."""
+    min_survivors: Annotated[int, Field(ge=2, le=limits.MAX_SITES)] | None = None
+    ring_bits: Annotated[int, Field(ge=32, le=32)] = 32
+    """Width b of the ring the masked sum is taken in."""
+    clip_range: Positive = 4.0
+    """Each coordinate of an update is clamped to plus or minus this before it is quantised."""
+
+
+class PerformanceConfig(Frozen):
+    """Settings that change speed and memory only, never a guarantee; not part of an offer."""
+
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    microbatch: Annotated[int, Field(ge=1, le=65_536)] = 256
+    """Most records whose per-record gradients are held at once."""
+    exchange_timeout: Positive = 600.0
+    """Seconds the server waits for the replies of one exchange."""
+
+
+class RunConfig(Frozen):
+    """Everything a run is started with."""
+
+    federation: Label = "fedfuse"
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 60
+    sites_per_round: Annotated[int, Field(ge=limits.MIN_SITES, le=limits.MAX_SITES)] | None = None
+    """Sites drawn for each round; left out, all of them."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the model's initial weights and of scenario data; never of noise, sampling or keys."""
+    model: ModelConfig
+    privacy: PrivacyConfig = PrivacyConfig()
+    training: TrainingConfig = TrainingConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
+    performance: PerformanceConfig = PerformanceConfig()

@@ -1,0 +1,1 @@
+"""Keys, signatures, derivation, sealing, sharing and keystreams: pure functions over pyca/cryptography."""

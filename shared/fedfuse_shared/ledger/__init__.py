@@ -1,0 +1,1 @@
+"""Leaves, Merkle tree, checkpoints and their verification."""

@@ -1,0 +1,142 @@
+"""The leaves of the ledger; each is the signed envelope of one of these bodies.
+
+Enrolment is ``fedfuse_shared.roster.Roster`` and an offer is ``fedfuse_shared.offer.Offer``: what is logged is
+what was sent, byte for byte. Leaves that a site writes form a chain: ``seq`` counts from 1 without gaps and
+``prev`` is the link hash of the leaf before, so that a lost, second or reordered leaf shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import Frozen, Hex32, Hex64, ShortText, SiteName, Trust
+from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate
+from fedfuse_shared.envelope import Body, Envelope, encode
+from fedfuse_shared.offer import Adjacency, Offer, SiteCount
+from fedfuse_shared.roster import Roster
+
+FIRST_LINK = "0" * 64
+"""``prev`` of a site's first leaf."""
+
+Sequence = Annotated[int, Field(ge=1, le=2**53 - 1)]
+Steps = Annotated[int, Field(ge=0, le=10**9)]
+
+
+def link(envelope: Envelope[Any]) -> str:
+    """Return the hash by which the next leaf of the same site refers to this one (SHA-256, hexadecimal)."""
+    return hashlib.sha256(limits.LABEL_LEAF_LINK + encode(envelope)).hexdigest()
+
+
+class SiteLeaf(Body):
+    """What every leaf of a site's chain has."""
+
+    site: SiteName
+    seq: Sequence
+    prev: Hex32
+
+
+class Charge(Frozen):
+    """Steps of one Poisson-sampled Gaussian mechanism."""
+
+    sampling_rate: SamplingRate
+    noise_multiplier: Positive
+    steps: Annotated[int, Field(ge=1, le=10**9)]
+
+
+class Policy(SiteLeaf):
+    """What a site allows, in its own words; an offer outside it is refused before any data is read."""
+
+    kind: ClassVar[str] = "policy"
+
+    policy_hash: Hex32
+    roster_hash: Hex32
+    epsilon_cap: Positive
+    delta: Delta
+    adjacency: Adjacency
+    min_participants: SiteCount
+    min_survivors: SiteCount
+    min_threshold: SiteCount
+    min_colluders: SiteCount
+    trust: tuple[Trust, ...]
+    min_noise_multiplier: Positive
+    max_sampling_rate: SamplingRate
+    max_steps_per_round: Annotated[int, Field(ge=1, le=10_000)]
+    max_clip: Positive
+
+
+class Reservation(SiteLeaf):
+    """Privacy charged before any record is read; never refunded."""
+
+    kind: ClassVar[str] = "reservation"
+
+    context: Hex32
+    dataset: Hex32
+    """Random identifier of the data set: not its fingerprint, which would tell neighbouring data sets apart."""
+    trust: Trust
+    adjacency: Adjacency
+    charge: Charge
+    noise_share: Positive
+    noise_sites: SiteCount
+    colluders: SiteCount
+    clip: Positive
+    delta: Delta
+    elsewhere: Annotated[tuple[Charge, ...], Field(max_length=1000)] = ()
+    """Everything spent on this data set outside this ledger, merged by mechanism."""
+
+
+class Refusal(SiteLeaf):
+    """A site's refusal of an offer, and why."""
+
+    kind: ClassVar[str] = "refusal"
+
+    context: Hex32
+    reason: ShortText
+
+
+class Receipt(SiteLeaf):
+    """What a site did under a reservation: how many steps, and the hash of the masked vector it sent."""
+
+    kind: ClassVar[str] = "receipt"
+
+    context: Hex32
+    steps: Steps
+    vector_hash: Hex32
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    OPENED = "opened"
+    ABORTED = "aborted"
+
+
+class Close(Body):
+    """The server's account of how an attempt ended, with the agreement signatures that allowed opening it."""
+
+    kind: ClassVar[str] = "close"
+
+    context: Hex32
+    outcome: Outcome
+    reason: ShortText
+    """Why it was aborted; empty when it was opened."""
+    keys_hash: Hex32 | None
+    dealings_hash: Hex32 | None
+    survivors: dict[SiteName, Hex32]
+    """Each survivor's masked vector hash; empty when aborted."""
+    agreements: dict[SiteName, Hex64]
+    """Signatures of ``fedfuse_shared.messages.Agreement`` over exactly these survivors."""
+    model_hash: Hex32 | None
+    """Hash of the new global weights."""
+
+
+LEAF_TYPES: dict[str, type[Body]] = {
+    leaf.kind: leaf for leaf in (Roster, Policy, Offer, Reservation, Refusal, Receipt, Close)
+}
+"""Every kind a ledger may hold."""
+
+

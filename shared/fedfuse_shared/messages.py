@@ -1,0 +1,115 @@
+"""What server and sites say to each other in one round, in the order it is said.
+
+Every message is the signed envelope of one of these bodies and carries the context of its offer, so none can be
+replayed in another attempt, round, run or federation.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field, StringConstraints
+
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import Frozen, Hex32, SiteName
+from fedfuse_shared.envelope import Body, Envelope
+
+Share = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{66}$")]
+"""One Shamir share: a field element of 33 bytes in hexadecimal."""
+Sealed = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){0,400}$")]
+"""An AES-256-GCM nonce and ciphertext in hexadecimal; empty for a dealer's own share."""
+
+
+class RoundBody(Body):
+    """A message of one attempt."""
+
+    context: Hex32
+
+
+class RoundKeys(RoundBody):
+    """1. site -> server -> sites: the public halves of two fresh X25519 pairs."""
+
+    kind: ClassVar[str] = "keys"
+
+    channel: Hex32
+    mask: Hex32
+
+
+class KeyList(RoundBody):
+    """1. server -> sites: the keys of everyone who answered the offer, U1."""
+
+    kind: ClassVar[str] = "key-list"
+
+    keys: Annotated[tuple[Envelope[RoundKeys], ...], Field(max_length=limits.MAX_SITES)]
+
+
+class ShareNote(RoundBody):
+    """2. dealer -> holder, by way of the server: two sealed shares, their hashes and the seed's commitment."""
+
+    kind: ClassVar[str] = "share"
+
+    holder: SiteName
+    sealed: Sealed
+    seed_share_hash: Hex32
+    mask_share_hash: Hex32
+    seed_commitment: Hex32
+
+
+class Dealing(RoundBody):
+    """2. dealer -> server: one note for every member of U1, its own included."""
+
+    kind: ClassVar[str] = "dealing"
+
+    notes: Annotated[tuple[Envelope[ShareNote], ...], Field(max_length=limits.MAX_SITES)]
+
+
+class Delivery(RoundBody):
+    """3. server -> holder: the notes addressed to it by everyone who dealt, U2."""
+
+    kind: ClassVar[str] = "delivery"
+
+    notes: Annotated[tuple[Envelope[ShareNote], ...], Field(max_length=limits.MAX_SITES)]
+
+
+class Survivors(RoundBody):
+    """4. server -> sites: whose masked vectors arrived, U3, and their hashes."""
+
+    kind: ClassVar[str] = "survivors"
+
+    vectors: dict[SiteName, Hex32]
+
+
+class Agreement(RoundBody):
+    """4. site -> server -> sites: this, and nothing else, may be opened."""
+
+    kind: ClassVar[str] = "agreement"
+
+    keys_hash: Hex32
+    dealings_hash: Hex32
+    vectors: dict[SiteName, Hex32]
+
+
+class Unmasking(RoundBody):
+    """5. server -> sites: at least t equal agreements, the proof that U3 is the same everywhere."""
+
+    kind: ClassVar[str] = "unmasking"
+
+    agreements: Annotated[tuple[Envelope[Agreement], ...], Field(max_length=limits.MAX_SITES)]
+
+
+class Reveal(RoundBody):
+    """5. site -> server: seed shares of survivors, mask-key shares of the dropped, never both for one peer."""
+
+    kind: ClassVar[str] = "reveal"
+
+    seed_shares: dict[SiteName, Share]
+    mask_shares: dict[SiteName, Share]
+    bad_dealers: Annotated[tuple[SiteName, ...], Field(max_length=limits.MAX_SITES)]
+    """Dealers whose share could not be opened or did not match the hash they signed."""
+
+
+class SharePair(Frozen):
+    """What a note's sealed part holds."""
+
+    seed: Share
+    mask: Share

@@ -1,0 +1,80 @@
+"""The offer: the server's signed proposal of one attempt at one round, with every public parameter of it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import Frozen, Hex32, Label, Modality, SiteName, Trust
+from fedfuse_shared.config.federation import TrainingConfig
+from fedfuse_shared.config.model import ModelConfig
+from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate
+from fedfuse_shared.envelope import Body, canonical
+
+Adjacency = Literal["add-or-remove-one-record"]
+SiteCount = Annotated[int, Field(ge=0, le=limits.MAX_SITES)]
+
+
+class Segment(Frozen):
+    """A run of coordinates of the update that belong together, and the modality they need, if any."""
+
+    name: Label
+    size: Annotated[int, Field(ge=1, le=limits.MAX_VECTOR)]
+    modality: Modality | None = None
+
+
+class RoundPrivacy(Frozen):
+    """The public constants the accounting of one round is made of."""
+
+    trust: Trust
+    adjacency: Adjacency = "add-or-remove-one-record"
+    sampling_rate: SamplingRate
+    steps: Annotated[int, Field(ge=1, le=10_000)]
+    clip: Positive
+    noise_multiplier: Positive
+    """Noise standard deviation over ``clip`` that the accounting relies on, sigma."""
+    noise_share: Positive
+    """What one site adds, sigma_k; equal to sigma where nobody is trusted."""
+    noise_sites: SiteCount
+    """Honest survivors whose shares make up sigma, h; 1 where nobody is trusted."""
+    expected_batch_size: Annotated[int, Field(ge=1, le=2**24)]
+    delta: Delta
+
+
+class Offer(Body):
+    """Everything a site needs to know, to check and to agree to before it takes part in a round."""
+
+    kind: ClassVar[str] = "offer"
+
+    federation: Label
+    run: Label
+    round: Annotated[int, Field(ge=1, le=10**9)]
+    attempt: Annotated[int, Field(ge=1, le=10**6)]
+    roster_hash: Hex32
+    plan_hash: Hex32
+    """Hash of the run's whole configuration, so that a site's policy may pin it."""
+    model_hash: Hex32
+    """Hash of the global weights the round starts from."""
+    model: ModelConfig
+    training: TrainingConfig
+    layout: Annotated[tuple[Segment, ...], Field(min_length=1, max_length=limits.MAX_SEGMENTS)]
+    participants: Annotated[tuple[SiteName, ...], Field(min_length=limits.MIN_SITES, max_length=limits.MAX_SITES)]
+    threshold: SiteCount
+    colluders: SiteCount
+    min_survivors: SiteCount
+    ring_bits: Literal[32]
+    scale: Annotated[float, Field(gt=0, le=2.0**40)]
+    """Steps of the fixed-point grid per unit."""
+    clip_range: Positive
+    privacy: RoundPrivacy
+
+    def context(self) -> str:
+        """Return the hash that binds every message of this attempt (SHA-256, hexadecimal)."""
+        return hashlib.sha256(limits.LABEL_CONTEXT + canonical(self)).hexdigest()
+
+    def dimension(self) -> int:
+        """Return the length of the update without its tail (coordinates)."""
+        return sum(segment.size for segment in self.layout)

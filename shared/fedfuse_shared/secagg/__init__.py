@@ -1,0 +1,1 @@
+"""Secure aggregation as two state machines without I/O."""

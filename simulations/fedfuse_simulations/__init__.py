@@ -1,0 +1,1 @@
+"""Scenarios, engines and the simulator."""
