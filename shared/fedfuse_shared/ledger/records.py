@@ -33,9 +33,8 @@ def link(envelope: Envelope[Any]) -> str:
 
 
 class SiteLeaf(Body):
-    """What every leaf of a site's chain has."""
+    """What every leaf of a site's chain has; the site is the envelope's author."""
 
-    site: SiteName
     seq: Sequence
     prev: Hex32
 
