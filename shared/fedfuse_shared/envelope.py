@@ -60,9 +60,8 @@ def _signed_part(author: str, kind: str, body: Body) -> bytes:
 def seal(body: T, author: str, key: Ed25519PrivateKey) -> Envelope[T]:
     """Sign a body in an author's name."""
     signature = key.sign(_signed_part(author, body.kind, body))
-    return Envelope[type(body)](  # type: ignore[misc]
-        author=author, body=body, kind=body.kind, sig=signature.hex(), v=1
-    )
+    signed: type[Envelope[T]] = Envelope[type(body)]  # type: ignore[misc]
+    return signed(author=author, body=body, kind=body.kind, sig=signature.hex(), v=1)
 
 
 def encode(envelope: Envelope[Any]) -> bytes:
@@ -82,7 +81,9 @@ def decode(raw: bytes, body_type: type[T], *, who: str, limit: int = limits.MAX_
     try:
         envelope = Envelope[body_type].model_validate_json(raw)  # type: ignore[valid-type]
     except (ValidationError, RecursionError) as problem:
-        raise ProtocolError(f"malformed {body_type.kind} message ({_first_problem(problem)})", who=who) from problem
+        raise ProtocolError(
+            f"malformed {body_type.kind} message ({_first_problem(problem)})", who=who
+        ) from problem
     if envelope.kind != body_type.kind:
         raise ProtocolError(f"expected a {body_type.kind} message, got {envelope.kind}", who=who)
     if canonical(envelope) != raw:

@@ -1,0 +1,337 @@
+"""The server's side of one round, as a state machine without I/O.
+
+It holds public keys, sealed shares it cannot open, one running sum of masked vectors, and the shares that open
+exactly that sum. There is no place in it for one site's vector: a vector is added to the sum when it arrives and
+is not kept. A site that breaks a rule raises an error that names it, changes nothing, and is left out; a step that
+leaves too few sites raises RoundAborted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from enum import IntEnum
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedfuse_shared.config.base import SERVER
+from fedfuse_shared.crypto import shamir
+from fedfuse_shared.crypto.derive import End
+from fedfuse_shared.crypto.keys import agree, public_of
+from fedfuse_shared.crypto.keystream import Words
+from fedfuse_shared.crypto.sealing import RandomBytes
+from fedfuse_shared.envelope import Envelope, T, decode, encode, verify
+from fedfuse_shared.envelope import seal as sign
+from fedfuse_shared.errors import ProtocolError, RoundAborted
+from fedfuse_shared.ledger.records import Receipt
+from fedfuse_shared.messages import (
+    Agreement,
+    Dealing,
+    Delivery,
+    KeyList,
+    Reveal,
+    RoundBody,
+    RoundKeys,
+    ShareNote,
+    Survivors,
+    Unmasking,
+)
+from fedfuse_shared.offer import Offer
+from fedfuse_shared.roster import Roster
+from fedfuse_shared.secagg import transcript
+from fedfuse_shared.secagg.masking import Pair, apply_pair_mask, apply_self_mask
+from fedfuse_shared.secagg.quantise import vector_length
+from fedfuse_shared.secagg.transcript import ShareKind
+
+
+class ServerPhase(IntEnum):
+    """Which replies the server is collecting."""
+
+    KEYS = 1
+    DEALINGS = 2
+    VECTORS = 3
+    AGREEMENTS = 4
+    REVEALS = 5
+    OPENED = 6
+
+
+class ServerSession:
+    """The server in one attempt at one round."""
+
+    def __init__(
+        self, offer: Offer, roster: Roster, key: Ed25519PrivateKey, random_bytes: RandomBytes
+    ) -> None:
+        self._offer = offer
+        self._roster = roster
+        self._key = key
+        self._context = offer.context()
+        self._phase = ServerPhase.KEYS
+        self._probe = random_bytes(32)
+        self._keys: dict[str, Envelope[RoundKeys]] = {}
+        self._notes: dict[str, dict[str, Envelope[ShareNote]]] = {}
+        self._sum = np.zeros(vector_length(offer), dtype=np.uint32)
+        self._vectors: dict[str, str] = {}
+        self._agreements: dict[str, Envelope[Agreement]] = {}
+        self._reveals: dict[str, Reveal] = {}
+
+    @property
+    def context(self) -> str:
+        """The hash of the offer this session serves."""
+        return self._context
+
+    @property
+    def vectors(self) -> dict[str, str]:
+        """Whose masked vectors arrived, U3, and their hashes."""
+        return dict(self._vectors)
+
+    @property
+    def agreements(self) -> dict[str, str]:
+        """Who signed the survivors, and the signatures."""
+        return {name: envelope.sig for name, envelope in self._agreements.items()}
+
+    def agreement(self) -> Agreement:
+        """Return what every site must sign in step 4: U1, U2 and U3 as this server saw them."""
+        keys = {name: (e.body.channel, e.body.mask) for name, e in self._keys.items()}
+        commitments = {name: self._commitment(name) for name in self._notes}
+        return Agreement(
+            context=self._context,
+            keys_hash=transcript.keys_hash(self._context, keys),
+            dealings_hash=transcript.dealings_hash(self._context, commitments),
+            vectors=dict(self._vectors),
+        )
+
+    # --- 1. keys --------------------------------------------------------------------------------------------
+    def receive_keys(self, site: str, raw: bytes) -> None:
+        """Take a site's two public keys.
+
+        Raises:
+            ProtocolError: malformed, out of order, or an unusable key.
+            VerificationError: the signature does not hold.
+        """
+        envelope = self._open(ServerPhase.KEYS, site, raw, RoundKeys, self._offer.participants, self._keys)
+        body = envelope.body
+        for key in (body.channel, body.mask):
+            agree(self._probe, bytes.fromhex(key), who=site)
+        known = {key for e in self._keys.values() for key in (e.body.channel, e.body.mask)}
+        if body.channel == body.mask or {body.channel, body.mask} & known:
+            raise ProtocolError("advertised a public key that is already in use in this round", who=site)
+        self._keys[site] = envelope
+
+    def key_list(self) -> bytes:
+        """Close step 1 and return what every member of U1 is sent.
+
+        Raises:
+            RoundAborted: too few sites advertised keys.
+        """
+        self._close(ServerPhase.KEYS, len(self._keys), "advertised keys")
+        ordered = tuple(self._keys[name] for name in sorted(self._keys))
+        return self._sign(KeyList(context=self._context, keys=ordered))
+
+    # --- 2. shares ------------------------------------------------------------------------------------------
+    def receive_dealing(self, site: str, raw: bytes) -> None:
+        """Take a site's sealed shares, one note for every member of U1.
+
+        Raises:
+            ProtocolError: malformed, out of order, or not exactly one note for each.
+            VerificationError: a signature does not hold.
+        """
+        dealing = self._open(ServerPhase.DEALINGS, site, raw, Dealing, tuple(self._keys), self._notes).body
+        notes: dict[str, Envelope[ShareNote]] = {}
+        for note in dealing.notes:
+            if note.author != site or note.kind != ShareNote.kind or note.body.context != self._context:
+                raise ProtocolError("dealt a note that is not its own for this attempt", who=site)
+            verify(note, self._roster.key_of(site))
+            if note.body.holder in notes:
+                raise ProtocolError(f"dealt twice to {note.body.holder}", who=site)
+            notes[note.body.holder] = note
+        if notes.keys() != self._keys.keys() or len({n.body.seed_commitment for n in notes.values()}) != 1:
+            raise ProtocolError("did not deal one and the same secret to every site of the round", who=site)
+        self._notes[site] = notes
+
+    def deliveries(self) -> dict[str, bytes]:
+        """Close step 2 and return what each member of U2 is sent.
+
+        Raises:
+            RoundAborted: too few sites dealt shares.
+        """
+        self._close(ServerPhase.DEALINGS, len(self._notes), "dealt shares")
+        return {
+            holder: self._sign(
+                Delivery(
+                    context=self._context,
+                    notes=tuple(self._notes[dealer][holder] for dealer in sorted(self._notes)),
+                )
+            )
+            for holder in sorted(self._notes)
+        }
+
+    # --- 3. vectors -----------------------------------------------------------------------------------------
+    def receive_vector(self, site: str, receipt: Envelope[Receipt], words: Words) -> None:
+        """Add a site's masked vector to the sum; only its hash is kept.
+
+        Raises:
+            ProtocolError: out of order, wrong length, or not the vector the receipt is for.
+            VerificationError: the receipt's signature does not hold.
+        """
+        self._expect(ServerPhase.VECTORS, site, tuple(self._notes), self._vectors)
+        if receipt.author != site or receipt.kind != Receipt.kind or receipt.body.context != self._context:
+            raise ProtocolError("sent a receipt that is not its own for this attempt", who=site)
+        verify(receipt, self._roster.key_of(site))
+        if words.dtype != np.uint32 or words.shape != self._sum.shape:
+            raise ProtocolError(f"sent a vector of shape {words.shape}, not {self._sum.shape}", who=site)
+        vector_hash = transcript.vector_hash(self._context, words)
+        if vector_hash != receipt.body.vector_hash:
+            raise ProtocolError("sent another vector than its receipt is for", who=site)
+        self._sum += words
+        self._vectors[site] = vector_hash
+
+    def survivors(self) -> bytes:
+        """Close step 3 and return what every member of U3 is asked to agree to.
+
+        Raises:
+            RoundAborted: too few vectors arrived.
+        """
+        self._close(ServerPhase.VECTORS, len(self._vectors), "sent a masked vector")
+        return self._sign(Survivors(context=self._context, vectors=dict(self._vectors)))
+
+    # --- 4. agreements --------------------------------------------------------------------------------------
+    def receive_agreement(self, site: str, raw: bytes) -> None:
+        """Take a site's signature on the survivors.
+
+        Raises:
+            ProtocolError: malformed, out of order, or it agreed to something else.
+            VerificationError: the signature does not hold.
+        """
+        envelope = self._open(
+            ServerPhase.AGREEMENTS, site, raw, Agreement, tuple(self._vectors), self._agreements
+        )
+        if envelope.body != self.agreement():
+            raise ProtocolError("agreed to other survivors than were shown", who=site)
+        self._agreements[site] = envelope
+
+    def unmasking(self) -> bytes:
+        """Close step 4 and return the agreements that let a site reveal its shares.
+
+        Raises:
+            RoundAborted: fewer than t sites agreed.
+        """
+        self._close(ServerPhase.AGREEMENTS, len(self._agreements), "agreed", needed=self._offer.threshold)
+        ordered = tuple(self._agreements[name] for name in sorted(self._agreements))
+        return self._sign(Unmasking(context=self._context, agreements=ordered))
+
+    # --- 5. reveals -----------------------------------------------------------------------------------------
+    def receive_reveal(self, site: str, raw: bytes) -> None:
+        """Take a site's shares: of survivors' seeds and of dropped sites' mask keys.
+
+        Raises:
+            ProtocolError: malformed, out of order, shares of the wrong kind, or a share its dealer did not sign.
+            VerificationError: the signature does not hold.
+        """
+        reveal = self._open(
+            ServerPhase.REVEALS, site, raw, Reveal, tuple(self._agreements), self._reveals
+        ).body
+        dropped = self._notes.keys() - self._vectors.keys()
+        if not reveal.seed_shares.keys() <= self._vectors.keys() or not reveal.mask_shares.keys() <= dropped:
+            raise ProtocolError("revealed shares of the wrong kind", who=site)
+        kinds: tuple[tuple[ShareKind, dict[str, str]], ...] = (
+            ("seed", reveal.seed_shares),
+            ("mask", reveal.mask_shares),
+        )
+        for kind, shares in kinds:
+            for dealer, share in shares.items():
+                note = self._notes[dealer][site].body
+                signed = note.seed_share_hash if kind == "seed" else note.mask_share_hash
+                if transcript.share_hash(self._context, dealer, site, kind, share) != signed:
+                    raise ProtocolError(f"revealed another share than {dealer} dealt it", who=site)
+        self._reveals[site] = reveal
+
+    def open(self) -> Words:
+        """Close step 5 and return the sum of the survivors' vectors, shape ``(d + tail,)``.
+
+        Raises:
+            RoundAborted: too few shares of some secret, or its dealer dealt nonsense.
+        """
+        self._close(ServerPhase.REVEALS, len(self._reveals), "revealed shares", needed=self._offer.threshold)
+        total = self._sum.copy()
+        for site in self._vectors:
+            seed = self._restore(site, "seed")
+            if transcript.seed_commitment(self._context, site, seed) != self._commitment(site):
+                raise RoundAborted("dealt shares of a seed it did not commit to", who=site)
+            apply_self_mask(total, seed, self._context, site, remove=True)
+        for site in self._notes.keys() - self._vectors.keys():
+            private = self._restore(site, "mask")
+            if public_of(private).hex() != self._keys[site].body.mask:
+                raise RoundAborted("dealt shares of a mask key it did not advertise", who=site)
+            self._remove_dropped(total, site, private)
+        return total
+
+    def _remove_dropped(self, total: Words, dropped: str, private: bytes) -> None:
+        """Remove what every survivor added for a dropped site: the opposite of what the dropped site would have."""
+        for survivor in self._vectors:
+            end = End(survivor, bytes.fromhex(self._keys[survivor].body.mask))
+            apply_pair_mask(total, Pair(self._context, dropped, private, end), remove=False)
+
+    def _restore(self, dealer: str, kind: ShareKind) -> bytes:
+        shares: dict[int, bytes] = {}
+        for holder, reveal in self._reveals.items():
+            share = (reveal.seed_shares if kind == "seed" else reveal.mask_shares).get(dealer)
+            if share is not None and len(shares) < self._offer.threshold:
+                shares[self._offer.participants.index(holder) + 1] = bytes.fromhex(share)
+        if len(shares) < self._offer.threshold:
+            raise RoundAborted(
+                f"only {len(shares)} of {self._offer.threshold} shares of its {kind} secret were revealed",
+                who=dealer,
+                advice="try again without it",
+            )
+        try:
+            return shamir.combine(shares, who=dealer)
+        except ProtocolError as problem:
+            raise RoundAborted(problem.message, who=dealer, advice="try again without it") from problem
+
+    # --- what every step needs ------------------------------------------------------------------------------
+    def _expect(self, phase: ServerPhase, site: str, allowed: tuple[str, ...], seen: Container[str]) -> None:
+        if self._phase is not phase:
+            raise ProtocolError(
+                f"sent {phase.name.lower()} while {self._phase.name.lower()} are collected", who=site
+            )
+        if site not in allowed:
+            raise ProtocolError("was not asked in this step", who=site)
+        if site in seen:
+            raise ProtocolError("answered twice", who=site)
+
+    def _open(
+        self,
+        phase: ServerPhase,
+        site: str,
+        raw: bytes,
+        body_type: type[T],
+        allowed: tuple[str, ...],
+        seen: Container[str],
+    ) -> Envelope[T]:
+        self._expect(phase, site, allowed, seen)
+        envelope = decode(raw, body_type, who=site)
+        if envelope.author != site:
+            raise ProtocolError(f"sent a message signed by {envelope.author}", who=site)
+        verify(envelope, self._roster.key_of(site))
+        body = envelope.body
+        if isinstance(body, RoundBody) and body.context != self._context:
+            raise ProtocolError("message belongs to another attempt", who=site)
+        return envelope
+
+    def _close(self, phase: ServerPhase, count: int, did: str, *, needed: int | None = None) -> None:
+        if self._phase is not phase:
+            raise RuntimeError(f"step {phase.name} is closed in step {self._phase.name}")
+        least = max(self._offer.threshold, self._offer.min_survivors) if needed is None else needed
+        if count < least:
+            raise RoundAborted(
+                f"only {count} of {len(self._offer.participants)} sites {did}, {least} are needed",
+                who=f"round {self._offer.round}",
+                advice="the next attempt asks again",
+            )
+        self._phase = ServerPhase(phase + 1)
+
+    def _sign(self, body: RoundBody) -> bytes:
+        return encode(sign(body, SERVER, self._key))
+
+    def _commitment(self, dealer: str) -> str:
+        return self._notes[dealer][dealer].body.seed_commitment

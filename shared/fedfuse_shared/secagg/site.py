@@ -1,0 +1,408 @@
+"""A site's side of one round, as a state machine without I/O.
+
+Rules (design page 2; Bonawitz et al. 2017, active-adversary variant):
+
+1. The offer was checked against the site's policy before a session is made.
+2. Nothing a peer sent changes the state before all of it is verified: signatures against the pinned roster,
+   contexts, sets within sets, canonical keys.
+3. One context, one of each: one key pair, one share set, one masked vector, one agreement, one reveal.
+4. A vector is masked with *all* of U2. After the agreement is signed no vector leaves any more.
+5. Seed shares are revealed for survivors, mask-key shares for the dropped, never both for one peer.
+
+The state after every step is one immutable value; whoever drives the session makes it durable, together with the
+reply, before the reply is sent. A step out of order raises ProtocolError, because the server chooses the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import Field, ValidationError
+
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import SERVER, Frozen, Hex32, SiteName
+from fedfuse_shared.crypto import shamir
+from fedfuse_shared.crypto.derive import End, pair_key
+from fedfuse_shared.crypto.keys import agree, check_canonical, public_of
+from fedfuse_shared.crypto.keystream import Words
+from fedfuse_shared.crypto.sealing import RandomBytes, seal, unseal
+from fedfuse_shared.envelope import Body, Envelope, T, canonical, decode, encode, verify
+from fedfuse_shared.envelope import seal as sign
+from fedfuse_shared.errors import ProtocolError, StateError
+from fedfuse_shared.messages import (
+    Agreement,
+    Dealing,
+    Delivery,
+    KeyList,
+    Reveal,
+    RoundBody,
+    RoundKeys,
+    Share,
+    ShareNote,
+    SharePair,
+    Survivors,
+    Unmasking,
+)
+from fedfuse_shared.offer import Offer
+from fedfuse_shared.roster import Roster
+from fedfuse_shared.secagg import transcript
+from fedfuse_shared.secagg.masking import Pair, apply_pair_mask, apply_self_mask
+from fedfuse_shared.secagg.quantise import vector_length
+
+
+class SitePhase(StrEnum):
+    """What the site has done last."""
+
+    ADVERTISED = "advertised"
+    DEALT = "dealt"
+    DELIVERED = "delivered"
+    MASKED = "masked"
+    AGREED = "agreed"
+    REVEALED = "revealed"
+
+
+class PeerKeys(Frozen):
+    """A member of U1's public keys."""
+
+    channel: Hex32
+    mask: Hex32
+
+
+class Received(Frozen):
+    """What a member of U2 dealt to this site; no shares where they were bad."""
+
+    seed_commitment: Hex32
+    shares: SharePair | None
+
+
+class SiteState(Frozen):
+    """Everything a restarted process needs to go on with the round; secret."""
+
+    phase: SitePhase
+    context: Hex32
+    channel_private: Hex32
+    mask_private: Hex32
+    seed: Hex32
+    peers: dict[SiteName, PeerKeys] = Field(default_factory=dict)
+    """U1, this site included."""
+    own_shares: SharePair | None = None
+    received: dict[SiteName, Received] = Field(default_factory=dict)
+    """U2, this site included."""
+    vector_hash: Hex32 | None = None
+    agreed: dict[SiteName, Hex32] = Field(default_factory=dict)
+    """U3 and the vector hashes this site signed."""
+
+    def dump(self) -> bytes:
+        """Return the state as JSON."""
+        return canonical(self)
+
+    @classmethod
+    def load(cls, raw: bytes) -> SiteState:
+        """Return a state that was dumped.
+
+        Raises:
+            StateError: the bytes are no dumped state.
+        """
+        try:
+            return cls.model_validate_json(raw)
+        except ValidationError as problem:
+            raise StateError(
+                "a stored round state cannot be read", advice="erase the round and rejoin"
+            ) from problem
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A site's name, signing key and pinned roster."""
+
+    name: str
+    key: Ed25519PrivateKey
+    roster: Roster
+
+
+class SiteSession:
+    """One site in one attempt at one round."""
+
+    def __init__(
+        self, offer: Offer, identity: Identity, random_bytes: RandomBytes, state: SiteState | None = None
+    ) -> None:
+        self._offer = offer
+        self._me = identity
+        self._random = random_bytes
+        if state is not None and state.context != offer.context():
+            raise StateError("stored round state belongs to another offer", who=identity.name)
+        self._state = state or SiteState(
+            phase=SitePhase.ADVERTISED,
+            context=offer.context(),
+            channel_private=random_bytes(32).hex(),
+            mask_private=random_bytes(32).hex(),
+            seed=random_bytes(32).hex(),
+        )
+
+    @property
+    def state(self) -> SiteState:
+        """The state to make durable before the last step's reply is sent."""
+        return self._state
+
+    # --- 1. keys --------------------------------------------------------------------------------------------
+    def advertise(self) -> bytes:
+        """Return the signed public halves of this context's two key pairs."""
+        self._require(SitePhase.ADVERTISED)
+        return self._sign(
+            RoundKeys(
+                context=self._state.context,
+                channel=public_of(bytes.fromhex(self._state.channel_private)).hex(),
+                mask=public_of(bytes.fromhex(self._state.mask_private)).hex(),
+            )
+        )
+
+    # --- 2. shares ------------------------------------------------------------------------------------------
+    def deal(self, raw: bytes) -> bytes:
+        """Check U1 and return this site's shares of its seed and mask key, sealed for each member of U1.
+
+        Raises:
+            ProtocolError: U1 is not what rule 2 demands, or the step is out of order.
+            VerificationError: a signature does not hold.
+        """
+        self._require(SitePhase.ADVERTISED)
+        peers = self._check_keys(self._from_server(raw, KeyList))
+        names = sorted(peers)
+        points = {name: self._point(name) for name in names}
+        threshold, state = self._offer.threshold, self._state
+        seeds = shamir.split(bytes.fromhex(state.seed), threshold, list(points.values()), self._random)
+        masks = shamir.split(
+            bytes.fromhex(state.mask_private), threshold, list(points.values()), self._random
+        )
+        pairs = {
+            name: SharePair(seed=seeds[points[name]].hex(), mask=masks[points[name]].hex()) for name in names
+        }
+        commitment = transcript.seed_commitment(state.context, self._me.name, bytes.fromhex(state.seed))
+        notes = tuple(self._note(name, pairs[name], peers[name], commitment) for name in names)
+        reply = self._sign(Dealing(context=state.context, notes=notes))
+        self._advance(phase=SitePhase.DEALT, peers=peers, own_shares=pairs[self._me.name])
+        return reply
+
+    def _check_keys(self, message: KeyList) -> dict[str, PeerKeys]:
+        peers: dict[str, PeerKeys] = {}
+        for envelope in message.keys:
+            name = self._check_peer(envelope, self._offer.participants)
+            if name in peers:
+                raise ProtocolError("is listed twice among the round's keys", who=name)
+            for key in (envelope.body.channel, envelope.body.mask):
+                check_canonical(bytes.fromhex(key), who=name)
+            peers[name] = PeerKeys(channel=envelope.body.channel, mask=envelope.body.mask)
+        all_keys = [key for peer in peers.values() for key in (peer.channel, peer.mask)]
+        if len(set(all_keys)) != len(all_keys):
+            raise ProtocolError("forwarded one public key twice: somebody advertises another's", who=SERVER)
+        if len(peers) < max(self._offer.threshold, self._offer.min_survivors):
+            raise ProtocolError(f"forwarded {len(peers)} keys, below the offer's bounds", who=SERVER)
+        own = (
+            public_of(bytes.fromhex(self._state.channel_private)).hex(),
+            public_of(bytes.fromhex(self._state.mask_private)).hex(),
+        )
+        mine = peers.get(self._me.name)
+        if mine is None or (mine.channel, mine.mask) != own:
+            raise ProtocolError("does not list this site's own keys", who=SERVER)
+        return peers
+
+    def _note(self, holder: str, pair: SharePair, keys: PeerKeys, commitment: str) -> Envelope[ShareNote]:
+        context, name = self._state.context, self._me.name
+        sealed = b""
+        if holder != name:
+            key = self._channel(holder, keys)
+            sealed = seal(key, canonical(pair), context, name, holder, self._random)
+        note = ShareNote(
+            context=context,
+            holder=holder,
+            sealed=sealed.hex(),
+            seed_share_hash=transcript.share_hash(context, name, holder, "seed", pair.seed),
+            mask_share_hash=transcript.share_hash(context, name, holder, "mask", pair.mask),
+            seed_commitment=commitment,
+        )
+        return sign(note, name, self._me.key)
+
+    # --- 3. update ------------------------------------------------------------------------------------------
+    def accept_delivery(self, raw: bytes) -> tuple[str, ...]:
+        """Check U2, open what was dealt to this site, and return the dealers whose shares are bad.
+
+        Raises:
+            ProtocolError: U2 is not within U1 or below the bounds, or the step is out of order.
+            VerificationError: a signature does not hold.
+        """
+        self._require(SitePhase.DEALT)
+        message = self._from_server(raw, Delivery)
+        received: dict[str, Received] = {}
+        for envelope in message.notes:
+            dealer = self._check_peer(envelope, self._state.peers)
+            if dealer in received:
+                raise ProtocolError("is listed twice among the round's dealers", who=dealer)
+            if envelope.body.holder != self._me.name:
+                raise ProtocolError("forwarded a share meant for another site", who=SERVER)
+            received[dealer] = Received(
+                seed_commitment=envelope.body.seed_commitment, shares=self._open_note(dealer, envelope.body)
+            )
+        if self._me.name not in received or len(received) < max(
+            self._offer.threshold, self._offer.min_survivors
+        ):
+            raise ProtocolError(
+                f"forwarded shares of {len(received)} dealers, below the offer's bounds", who=SERVER
+            )
+        self._advance(phase=SitePhase.DELIVERED, received=received)
+        return self._bad_dealers()
+
+    def _open_note(self, dealer: str, note: ShareNote) -> SharePair | None:
+        if dealer == self._me.name:
+            return self._state.own_shares
+        context, name = self._state.context, self._me.name
+        try:
+            key = self._channel(dealer, self._state.peers[dealer])
+            plain = unseal(key, bytes.fromhex(note.sealed), context, dealer, name)
+            pair = SharePair.model_validate_json(plain)
+        except (ProtocolError, ValidationError):
+            return None
+        hashes = (
+            transcript.share_hash(context, dealer, name, "seed", pair.seed),
+            transcript.share_hash(context, dealer, name, "mask", pair.mask),
+        )
+        return pair if hashes == (note.seed_share_hash, note.mask_share_hash) else None
+
+    def mask(self, words: Words) -> tuple[Words, str]:
+        """Return the quantised vector under all of U2's masks, and its hash.
+
+        Raises:
+            ProtocolError: the step is out of order: a vector was masked already, or the survivors agreed.
+        """
+        self._require(SitePhase.DELIVERED)
+        if words.shape != (vector_length(self._offer),):
+            raise ValueError(f"{words.shape} words for a vector of {vector_length(self._offer)}")
+        state, masked = self._state, words.copy()
+        apply_self_mask(masked, bytes.fromhex(state.seed), state.context, self._me.name, remove=False)
+        for peer in state.received:
+            if peer != self._me.name:
+                end = End(peer, bytes.fromhex(state.peers[peer].mask))
+                private = bytes.fromhex(state.mask_private)
+                apply_pair_mask(masked, Pair(state.context, self._me.name, private, end), remove=False)
+        vector_hash = transcript.vector_hash(state.context, masked)
+        self._advance(phase=SitePhase.MASKED, vector_hash=vector_hash)
+        return masked, vector_hash
+
+    # --- 4. agree -------------------------------------------------------------------------------------------
+    def agree(self, raw: bytes) -> bytes:
+        """Check U3 and return the one signature this site gives on who survived.
+
+        Raises:
+            ProtocolError: U3 is not within U2, below the bounds, or says something else of this site's vector.
+        """
+        self._require(SitePhase.DELIVERED, SitePhase.MASKED)
+        vectors = self._from_server(raw, Survivors).vectors
+        if not vectors.keys() <= self._state.received.keys():
+            raise ProtocolError("lists a survivor that dealt no shares", who=SERVER)
+        if len(vectors) < max(self._offer.threshold, self._offer.min_survivors):
+            raise ProtocolError(f"lists {len(vectors)} survivors, below the offer's bounds", who=SERVER)
+        if vectors.get(self._me.name) != self._state.vector_hash:
+            raise ProtocolError("says something else of this site's vector than this site", who=SERVER)
+        reply = self._sign(self._agreement(vectors))
+        self._advance(phase=SitePhase.AGREED, agreed=dict(vectors))
+        return reply
+
+    def _agreement(self, vectors: Mapping[str, str]) -> Agreement:
+        state = self._state
+        keys = {name: (peer.channel, peer.mask) for name, peer in state.peers.items()}
+        commitments = {name: item.seed_commitment for name, item in state.received.items()}
+        return Agreement(
+            context=state.context,
+            keys_hash=transcript.keys_hash(state.context, keys),
+            dealings_hash=transcript.dealings_hash(state.context, commitments),
+            vectors=dict(vectors),
+        )
+
+    # --- 5. unmask ------------------------------------------------------------------------------------------
+    def reveal(self, raw: bytes) -> bytes:
+        """Check that t sites signed the same survivors and return the shares that open their sum.
+
+        Raises:
+            ProtocolError: fewer than t agreements, or one that differs from this site's own.
+            VerificationError: a signature does not hold.
+        """
+        self._require(SitePhase.AGREED)
+        expected = self._agreement(self._state.agreed)
+        signers = set()
+        for envelope in self._from_server(raw, Unmasking).agreements:
+            signer = self._check_peer(envelope, self._state.received)
+            if envelope.body != expected:
+                raise ProtocolError("agreed to something else than this site", who=signer)
+            signers.add(signer)
+        if len(signers) < self._offer.threshold:
+            raise ProtocolError(
+                f"shows {len(signers)} agreements of {self._offer.threshold} needed", who=SERVER
+            )
+        seed_shares: dict[str, Share] = {}
+        mask_shares: dict[str, Share] = {}
+        for dealer, item in self._state.received.items():
+            if item.shares is not None and dealer in self._state.agreed:
+                seed_shares[dealer] = item.shares.seed
+            elif item.shares is not None:
+                mask_shares[dealer] = item.shares.mask
+        reply = self._sign(
+            Reveal(
+                context=self._state.context,
+                seed_shares=seed_shares,
+                mask_shares=mask_shares,
+                bad_dealers=self._bad_dealers(),
+            )
+        )
+        self._advance(phase=SitePhase.REVEALED)
+        return reply
+
+    # --- what every step needs ------------------------------------------------------------------------------
+    def _require(self, *phases: SitePhase) -> None:
+        if self._state.phase not in phases:
+            raise ProtocolError(
+                f"asks for a step this site is past or not at (it has {self._state.phase.value})", who=SERVER
+            )
+
+    def _advance(self, **changes: object) -> None:
+        # Validated anew, so that no step can leave a state that could not be loaded again.
+        self._state = SiteState.model_validate({**dict(self._state), **changes})
+
+    def _sign(self, body: Body) -> bytes:
+        return encode(sign(body, self._me.name, self._me.key))
+
+    def _from_server(self, raw: bytes, body_type: type[T]) -> T:
+        envelope = decode(raw, body_type, who=SERVER)
+        if envelope.author != SERVER:
+            raise ProtocolError(f"a {body_type.kind} message must come from the server", who=envelope.author)
+        verify(envelope, self._me.roster.key_of(SERVER))
+        body = envelope.body
+        if isinstance(body, RoundBody) and body.context != self._state.context:
+            raise ProtocolError("message belongs to another attempt", who=SERVER)
+        return body
+
+    def _check_peer(self, envelope: Envelope[T], allowed: Mapping[str, object] | tuple[str, ...]) -> str:
+        body, name = envelope.body, envelope.author
+        if envelope.kind != body.kind:
+            raise ProtocolError(f"sent a {envelope.kind} where a {body.kind} belongs", who=name)
+        if name not in allowed:
+            raise ProtocolError("is not among those who may take part in this step", who=name)
+        if isinstance(body, RoundBody) and body.context != self._state.context:
+            raise ProtocolError("signed for another attempt", who=name)
+        verify(envelope, self._me.roster.key_of(name))
+        return name
+
+    def _channel(self, peer: str, keys: PeerKeys) -> bytes:
+        private = bytes.fromhex(self._state.channel_private)
+        ends = End(self._me.name, public_of(private)), End(peer, bytes.fromhex(keys.channel))
+        secret = agree(private, ends[1].public, who=peer)
+        return pair_key(limits.LABEL_CHANNEL, secret, self._state.context, *ends)
+
+    def _point(self, name: str) -> int:
+        return self._offer.participants.index(name) + 1
+
+    def _bad_dealers(self) -> tuple[str, ...]:
+        return tuple(sorted(name for name, item in self._state.received.items() if item.shares is None))
+
+
+__all__ = ["Identity", "PeerKeys", "Received", "SitePhase", "SiteSession", "SiteState"]
