@@ -1,0 +1,139 @@
+"""What the server and its colluders see does not depend on honest updates beyond their sum.
+
+The server is given everything it received and all the material of every site but two. The argument (Bonawitz et
+al. 2017, section 6): between the two honest sites stands a mask F of an AES keystream under a key nobody else has.
+Where F is uniform, the world with updates (x, x') and mask F shows exactly what the world with (x', x) and mask
+F + x - x' shows. The first test plays both worlds and compares every byte; the second checks on the real keystream
+that what is left after all strippable masks are gone looks uniform, whatever the update.
+"""
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from support.federation import Federation, Round, run_round
+
+from fedfuse_shared.crypto.derive import End
+from fedfuse_shared.crypto.keys import public_of
+from fedfuse_shared.secagg import masking, quantise
+from fedfuse_shared.secagg.masking import Pair, apply_pair_mask, apply_self_mask
+
+HONEST = ("site00", "site01")
+REAL = masking.apply_pair_mask
+
+
+def updates(federation, offer, numbers):
+    return {n: numbers.normal(0, 0.3, offer.dimension()).astype(np.float32) for n in federation.names}
+
+
+def swapped(values):
+    one, two = HONEST
+    return {**values, one: values[two], two: values[one]}
+
+
+class HonestPairMask:
+    """Stands in for the keystream between the two honest sites, which no other party has the key of."""
+
+    def __init__(self, stream, *, removed=False):
+        self.stream, self.removed = stream, removed
+
+    def __call__(self, words, pair, *, remove):
+        if {pair.name, pair.peer.name} != set(HONEST):
+            REAL(words, pair, remove=remove)
+        elif not self.removed:
+            words += self.stream if (pair.name < pair.peer.name) is not remove else -self.stream
+
+
+def play(monkeypatch, inputs, mask, drop=()):
+    """Return every byte the server receives in a round, and the sum it opens."""
+    from fedfuse_shared.secagg import server, site
+
+    for module in (site, server):
+        monkeypatch.setattr(module, "apply_pair_mask", mask)
+    federation = Federation(tuple(inputs))
+    sequence = Round(federation, federation.offer(), seed="view")
+    senders = [n for n in inputs if n not in drop]
+    words = {n: sequence.words(u) for n, u in inputs.items()}
+    return hashlib.sha256(b"".join(sequence_view(sequence, words, senders))).hexdigest(), sequence
+
+
+def sequence_view(sequence, words, senders):
+    total = run_round(sequence, words, senders=senders)
+    return [*sequence.view, total.tobytes()]
+
+
+def coupled_worlds(monkeypatch, *, removed, drop=()):
+    federation = Federation.of(6)
+    offer = federation.offer()
+    numbers = np.random.default_rng(3)
+    values = updates(federation, offer, numbers)
+    one, two = (quantise.quantise(values[n], frozenset(), offer) for n in HONEST)
+    stream = numbers.integers(0, 2**32, len(one), dtype=np.uint32)
+    # World two: the honest updates change places, and the mask nobody knows is another uniform one.
+    other = stream + one - two
+    first = play(monkeypatch, values, HonestPairMask(stream, removed=removed), drop)
+    second = play(monkeypatch, swapped(values), HonestPairMask(other, removed=removed), drop)
+    return first[0], second[0]
+
+
+@pytest.mark.parametrize("drop", [(), ("site05",)])
+def test_swapping_two_honest_updates_changes_no_byte_the_server_sees(monkeypatch, drop):
+    first, second = coupled_worlds(monkeypatch, removed=False, drop=drop)
+    assert first == second
+
+
+def test_without_the_mask_between_the_two_the_views_differ(monkeypatch):
+    # The same comparison must go red when one mask is missing, or it would show nothing.
+    first, second = coupled_worlds(monkeypatch, removed=True)
+    assert first != second
+
+
+def stripped(sequence, words):
+    """Everything the server and four colluders can take off the two honest vectors; what is left of each."""
+    federation, context = sequence.federation, sequence.offer.context()
+    left = {}
+    run_round(sequence, words)
+    masked = {n: np.frombuffer(raw, np.uint32).copy() for n, raw in zip(federation.names, vectors(sequence), strict=True)}
+    for name in HONEST:
+        residue = masked[name]
+        # The round was opened, so the self seed is public; each colluder gives its own private mask key.
+        seed = bytes.fromhex(sequence.sites[name].state.seed)
+        apply_self_mask(residue, seed, context, name, remove=True)
+        mine = public_of(bytes.fromhex(sequence.sites[name].state.mask_private))
+        for colluder in federation.names[2:]:
+            private = bytes.fromhex(sequence.sites[colluder].state.mask_private)
+            # What the colluder put on for `name` is the opposite of what `name` put on for it.
+            apply_pair_mask(residue, Pair(context, colluder, private, End(name, mine)), remove=False)
+        left[name] = residue
+    return left
+
+
+def vectors(sequence):
+    length = 4 * quantise.vector_length(sequence.offer)
+    return [raw for raw in sequence.view if len(raw) == length]
+
+
+def chi_square_of_bytes(words):
+    counts = Counter(words.tobytes())
+    expected = 4 * len(words) / 256
+    return sum((counts.get(value, 0) - expected) ** 2 / expected for value in range(256))
+
+
+def test_all_that_can_be_stripped_leaves_the_sum_and_uniform_words():
+    from fedfuse_shared.offer import Segment
+
+    federation = Federation.of(6)
+    offer = federation.offer(layout=(Segment(name="head", size=40_000),))
+    sequence = Round(federation, offer, seed="stripped")
+    values = {n: np.full(offer.dimension(), 0.5, np.float32) for n in federation.names}
+    words = {n: sequence.words(u) for n, u in values.items()}
+    left = stripped(sequence, words)
+    one, two = HONEST
+    assert (left[one] + left[two] == words[one] + words[two]).all()
+    for name in HONEST:
+        assert not (left[name] == words[name]).any() or (left[name] == words[name]).mean() < 1e-3
+        # 255 degrees of freedom, mean 255, deviation 22.6: 400 is 6.4 deviations, false alarms below 1e-8. The
+        # updates are constant, so unmasked words would give millions.
+        assert chi_square_of_bytes(left[name]) < 400
+        assert chi_square_of_bytes(words[name]) > 10_000
