@@ -7,7 +7,7 @@ signature is Ed25519 (RFC 8032) over a domain label, the kind, and the canonical
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import rfc8785
 from cryptography.exceptions import InvalidSignature
@@ -60,7 +60,7 @@ def _signed_part(author: str, kind: str, body: Body) -> bytes:
 def seal(body: T, author: str, key: Ed25519PrivateKey) -> Envelope[T]:
     """Sign a body in an author's name."""
     signature = key.sign(_signed_part(author, body.kind, body))
-    signed: type[Envelope[T]] = Envelope[type(body)]  # type: ignore[misc]
+    signed = cast("type[Envelope[T]]", Envelope[type(body)])  # type: ignore[misc]
     return signed(author=author, body=body, kind=body.kind, sig=signature.hex(), v=1)
 
 

@@ -6,18 +6,51 @@ replayed in another attempt, round, run or federation.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, ClassVar
 
 from pydantic import Field, StringConstraints
 
 from fedfuse_shared import limits
-from fedfuse_shared.config.base import Frozen, Hex32, SiteName
+from fedfuse_shared.config.base import Frozen, Hex32, Label, SiteName
 from fedfuse_shared.envelope import Body, Envelope
 
 Share = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{66}$")]
 """One Shamir share: a field element of 33 bytes in hexadecimal."""
 Sealed = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){0,400}$")]
 """An AES-256-GCM nonce and ciphertext in hexadecimal; empty for a dealer's own share."""
+
+
+class Step(StrEnum):
+    """The exchanges between server and site; the values route Flower messages to their handlers."""
+
+    HELLO = "query.hello"
+    KEYS = "train.keys"
+    SHARES = "train.shares"
+    UPDATE = "train.update"
+    AGREE = "train.agree"
+    UNMASK = "train.unmask"
+    SETTLE = "query.settle"
+
+
+class Hello(Body):
+    """Before the first round, server -> node: which enrolled site are you?"""
+
+    kind: ClassVar[str] = "hello"
+
+    federation: Label
+    run: Label
+    nonce: Hex32
+
+
+class Introduction(Body):
+    """Node -> server: the author of this envelope; federation, run and nonce are repeated."""
+
+    kind: ClassVar[str] = "introduction"
+
+    federation: Label
+    run: Label
+    nonce: Hex32
 
 
 class RoundBody(Body):

@@ -61,7 +61,9 @@ class Offer(Body):
     model: ModelConfig
     training: TrainingConfig
     layout: Annotated[tuple[Segment, ...], Field(min_length=1, max_length=limits.MAX_SEGMENTS)]
-    participants: Annotated[tuple[SiteName, ...], Field(min_length=limits.MIN_SITES, max_length=limits.MAX_SITES)]
+    participants: Annotated[
+        tuple[SiteName, ...], Field(min_length=limits.MIN_SITES, max_length=limits.MAX_SITES)
+    ]
     threshold: SiteCount
     colluders: SiteCount
     min_survivors: SiteCount

@@ -35,7 +35,9 @@ class Trust(StrEnum):
 
 SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 """Name of an enrolled site."""
-AuthorName = Annotated[str, StringConstraints(pattern=r"^(@server|@operator|[A-Za-z0-9][A-Za-z0-9._-]{0,62})$")]
+AuthorName = Annotated[
+    str, StringConstraints(pattern=r"^(@server|@operator|[A-Za-z0-9][A-Za-z0-9._-]{0,62})$")
+]
 """Who signed: a site, or one of the two reserved names that no site can have."""
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """32 bytes in lower-case hexadecimal: a hash or a public key."""

@@ -57,9 +57,8 @@ class SecureAggregationConfig(Frozen):
 class PerformanceConfig(Frozen):
     """Settings that change speed and memory only, never a guarantee; not part of an offer."""
 
-    threads: Annotated[int, Field(ge=1, le=256)] | None = None
-    microbatch: Annotated[int, Field(ge=1, le=65_536)] = 256
-    """Most records whose per-record gradients are held at once."""
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """Threads of torch; small models are fastest with one."""
     exchange_timeout: Positive = 600.0
     """Seconds the server waits for the replies of one exchange."""
 

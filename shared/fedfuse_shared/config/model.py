@@ -21,12 +21,44 @@ class EncoderConfig(Frozen):
     """One modality's encoder, by its name in the registry."""
 
     name: Label
-    width: Annotated[int, Field(ge=1, le=4096)] = 64
+    width: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Features the encoder gives; left out, the encoder's own choice."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Norm of the modality's features next to the others': its share of each clipped gradient."""
+
+
+class ImageInput(Frozen):
+    """What every image is brought to before an encoder sees it."""
+
+    size: Annotated[int, Field(ge=8, le=1024)] = 32
+    """Height and width (pixels)."""
+
+
+class AudioInput(Frozen):
+    """What every recording is brought to before an encoder sees it."""
+
+    sample_rate: Annotated[int, Field(ge=4000, le=48_000)] = 8000
+    """Hz."""
+    mels: Annotated[int, Field(ge=8, le=128)] = 40
+    frames: Annotated[int, Field(ge=8, le=3000)] = 48
+    """Columns the speech between leading and trailing silence is stretched or squeezed to."""
+
+
+class TextInput(Frozen):
+    """How much of a text an encoder sees."""
+
+    words: Annotated[int, Field(ge=1, le=10_000)] = 256
+    """Words from the start of the text."""
 
 
 class ModelConfig(Frozen):
     """Encoders per modality, their fusion and the classes to tell apart."""
 
-    classes: Annotated[tuple[Annotated[str, Field(max_length=100)], ...], Field(min_length=2, max_length=10_000)]
-    encoders: dict[Modality, EncoderConfig]
+    classes: Annotated[
+        tuple[Annotated[str, Field(max_length=100)], ...], Field(min_length=2, max_length=10_000)
+    ]
+    encoders: Annotated[dict[Modality, EncoderConfig], Field(min_length=1)]
     fusion: Fusion = Fusion.CONCAT
+    image: ImageInput = ImageInput()
+    audio: AudioInput = AudioInput()
+    text: TextInput = TextInput()

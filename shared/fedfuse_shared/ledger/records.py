@@ -137,5 +137,3 @@ LEAF_TYPES: dict[str, type[Body]] = {
     leaf.kind: leaf for leaf in (Roster, Policy, Offer, Reservation, Refusal, Receipt, Close)
 }
 """Every kind a ledger may hold."""
-
-

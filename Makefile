@@ -1,0 +1,53 @@
+# Every target sets up what it needs; all it asks of the machine is Python >= 3.11 and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+RUN    ?= runs/demo
+
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+
+.PHONY: setup demo test test-fast test-full lint bench lock clean
+
+setup: $(READY)
+
+$(READY): requirements/lock.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fedfuse needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/lock.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# The main job: six sites, three modalities, DP, secure aggregation, ledger, audit. RUN=folder to keep several.
+demo: setup
+	rm -rf $(RUN)
+	$(BIN)/fedfuse simulate --scenario digits --out $(RUN)
+	$(BIN)/fedfuse audit $(RUN)/ledger.jsonl
+
+test: setup
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-fast: setup
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+test-full: setup
+	FEDFUSE_FULL=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python bench/run.py $(ONLY)
+
+# Rewrites the lock after pyproject.toml changed: hashes, and no address of any registry.
+lock: setup
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-header --extra dev pyproject.toml --output-file requirements/lock.txt
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

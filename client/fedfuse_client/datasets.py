@@ -1,0 +1,105 @@
+"""Which data sets a site's store knows, and what each has spent: the same records have one budget.
+
+A data set is known by the content digests of its records, never by a name. Data sets that share a single record
+share one budget; they form a *pool*. The digests stay in the store: outside, a data set is a random identifier, and
+it keeps that identifier when records come or go, or the change itself would tell neighbouring data sets apart.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from fedfuse_client.store_database import Database
+from fedfuse_shared.config.base import Hex32, Label
+from fedfuse_shared.envelope import decode
+from fedfuse_shared.errors import DataError, StateError
+from fedfuse_shared.ledger.records import Charge, Reservation
+
+DIGEST: Final = 32
+"""Length of a record's content digest, SHA-256 (bytes)."""
+
+
+class Spent(NamedTuple):
+    """One reservation ever made on a pool."""
+
+    federation: Label
+    dataset: Hex32
+    charge: Charge
+
+
+def register(database: Database, digests: Iterable[bytes]) -> Hex32:
+    """Return the identifier of the data set made of these records, having stored those that are new.
+
+    Records never seen make a new data set. Any record seen before puts all of them in that record's pool, and pools
+    that meet become one: from then on the charges of all count.
+
+    Args:
+        database: The site's store.
+        digests: Content digest of every record (32 bytes each).
+
+    Raises:
+        DataError: there is no record.
+    """
+    with database.transaction():
+        database.rows("CREATE TEMP TABLE incoming (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        database.run_many(
+            "INSERT OR IGNORE INTO incoming VALUES (?)", (_checked(digest) for digest in digests)
+        )
+        if database.row("SELECT 1 FROM incoming") is None:
+            raise DataError(
+                "data set has no records", advice="check the folder and dataset_sites in policy.toml"
+            )
+        pools = database.rows(
+            "SELECT DISTINCT dataset.pool FROM incoming JOIN record USING (digest) "
+            "JOIN dataset ON dataset.number = record.dataset ORDER BY pool"
+        )
+        number = pools[0][0] if pools else _add(database)
+        for (pool,) in pools[1:]:
+            database.rows("UPDATE dataset SET pool = ? WHERE pool = ?", number, pool)
+        database.rows(
+            "INSERT INTO record SELECT digest, ? FROM incoming WHERE true ON CONFLICT DO NOTHING", number
+        )
+        database.rows("DROP TABLE incoming")
+        # A pool is numbered after its oldest data set.
+        identifier: Hex32 = database.rows("SELECT id FROM dataset WHERE number = ?", number)[0][0]
+    return identifier
+
+
+def spent(database: Database, dataset: Hex32) -> list[Spent]:
+    """Return every reservation ever made on a data set or one of its pool, over all federations.
+
+    Raises:
+        StateError: the store does not know the data set.
+    """
+    found = database.row("SELECT pool FROM dataset WHERE id = ?", dataset)
+    if found is None:
+        raise StateError(
+            f"data set {dataset[:16]}… is not in the store",
+            who=f"store {database.path}",
+            advice="register its records first",
+        )
+    leaves = database.rows(
+        "SELECT leaf.federation, leaf.raw FROM leaf JOIN dataset ON dataset.id = leaf.dataset "
+        "WHERE dataset.pool = ? AND leaf.kind = ? ORDER BY leaf.federation, leaf.seq",
+        found[0],
+        Reservation.kind,
+    )
+    reservations = [
+        (federation, decode(raw.encode(), Reservation, who="store").body) for federation, raw in leaves
+    ]
+    return [Spent(federation, body.dataset, body.charge) for federation, body in reservations]
+
+
+def _checked(digest: bytes) -> tuple[bytes]:
+    if len(digest) != DIGEST:
+        raise ValueError(f"a record's digest has {DIGEST} bytes, not {len(digest)}")
+    return (digest,)
+
+
+def _add(database: Database) -> int:
+    """Store a new data set in a pool of its own and return its number."""
+    number: int = database.rows("SELECT coalesce(max(number), 0) + 1 FROM dataset")[0][0]
+    database.rows("INSERT INTO dataset VALUES (?, ?, ?)", number, secrets.token_hex(32), number)
+    return number

@@ -1,0 +1,309 @@
+"""What a site allows: its own file decides, never the server; an offer outside it is refused before data is read."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Final, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import Frozen, Hex32, Label, Modality, SiteName, Trust
+from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate
+from fedfuse_shared.envelope import canonical
+from fedfuse_shared.errors import ConfigError, PolicyError
+from fedfuse_shared.ledger import records
+from fedfuse_shared.offer import Offer, SiteCount
+
+MAX_POLICY: Final = 64 * 2**10
+"""Largest policy file (bytes)."""
+
+_KEPT_AT_SITE: Final = frozenset({"data", "dataset_sites", "modalities"})
+# Where the data lies and which modalities a site has must not be published, not even inside a hash: so few values
+# are possible that whoever sees the hash of one finds it by trying them all.
+
+
+class SitePolicy(Frozen):
+    """The content of ``policy.toml``: bounds a site sets for every offer, and the data it trains on."""
+
+    site: SiteName
+    federation: Label
+    roster_hash: Hex32
+    """The roster this site trusts; whoever controls it decides who may take part."""
+
+    data: Path
+    """Folder of the data set; a relative one is meant from the policy file's folder."""
+    dataset_sites: Annotated[tuple[SiteName, ...], Field(max_length=limits.MAX_SITES)] = ()
+    """Values of the manifest's ``site`` column that are trained on; empty: the site's own name alone."""
+    modalities: Annotated[tuple[Modality, ...], Field(min_length=1, max_length=len(Modality))]
+    """Which modalities this site feeds: declared here once, never computed from records."""
+
+    epsilon_cap: Positive
+    """Most privacy ever spent on one data set, over all federations (epsilon, per record)."""
+    delta: Delta
+    min_participants: Annotated[int, Field(ge=limits.MIN_SITES, le=limits.MAX_SITES)]
+    min_survivors: SiteCount
+    """Fewest sites over which a sum may be opened."""
+    min_threshold: SiteCount
+    """Fewest shares that may open a round, a floor for t."""
+    min_colluders: SiteCount
+    """Sites helping the server that an offer must withstand, a floor for c."""
+    trust: Annotated[tuple[Trust, ...], Field(min_length=1, max_length=len(Trust))]
+    min_noise_multiplier: Positive
+    max_sampling_rate: SamplingRate
+    max_steps_per_round: Annotated[int, Field(ge=1, le=10_000)]
+    max_clip: Positive
+    plans: Annotated[tuple[Hex32, ...], Field(max_length=1000)] = ()
+    """Hashes of the run configurations this site takes part in; empty: any within the bounds above."""
+
+    @property
+    def record_sites(self) -> tuple[SiteName, ...]:
+        """Values of the manifest's ``site`` column whose records this site trains on."""
+        return self.dataset_sites or (self.site,)
+
+    def hash(self) -> str:
+        """Return the hash of what is published of this policy (SHA-256, hexadecimal)."""
+        published = self.model_dump(mode="json", exclude=set(_KEPT_AT_SITE))
+        return hashlib.sha256(limits.LABEL_POLICY + canonical(published)).hexdigest()
+
+    def leaf(self, seq: int, prev: str) -> records.Policy:
+        """Return the leaf that publishes this policy at a place of the site's chain."""
+        return records.Policy(
+            seq=seq,
+            prev=prev,
+            policy_hash=self.hash(),
+            roster_hash=self.roster_hash,
+            epsilon_cap=self.epsilon_cap,
+            delta=self.delta,
+            adjacency="add-or-remove-one-record",
+            min_participants=self.min_participants,
+            min_survivors=self.min_survivors,
+            min_threshold=self.min_threshold,
+            min_colluders=self.min_colluders,
+            trust=self.trust,
+            min_noise_multiplier=self.min_noise_multiplier,
+            max_sampling_rate=self.max_sampling_rate,
+            max_steps_per_round=self.max_steps_per_round,
+            max_clip=self.max_clip,
+        )
+
+
+def load_policy(path: Path) -> SitePolicy:
+    """Read and check a policy file (TOML 1.0).
+
+    Raises:
+        ConfigError: unreadable, too long, not TOML, or a key is unknown, missing or out of bounds; the message
+            names the key.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_POLICY + 1)
+    except OSError as problem:
+        raise ConfigError(
+            f"cannot be read ({problem.strerror})", who=str(path), advice="check the path"
+        ) from problem
+    if len(raw) > MAX_POLICY:
+        raise ConfigError(
+            f"is over the limit of {MAX_POLICY} bytes", who=str(path), advice="is it a policy file?"
+        )
+    try:
+        # By way of JSON: pydantic's strict mode then takes text for an enum or path, and nothing else loosely.
+        document = json.dumps(tomllib.loads(raw.decode()))
+    except (ValueError, TypeError, RecursionError) as problem:
+        raise ConfigError(
+            f"is not a policy in TOML ({problem})", who=str(path), advice="correct it"
+        ) from problem
+    try:
+        policy = SitePolicy.model_validate_json(document)
+    except ValidationError as problem:
+        raise _config_error(path, problem) from problem
+    return policy.model_copy(update={"data": path.absolute().parent / policy.data})
+
+
+def _config_error(path: Path, problem: ValidationError) -> ConfigError:
+    """Return the first problem, unknown keys before all others: a misspelt key is also a missing one."""
+    errors = problem.errors(include_input=False, include_url=False)
+    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+    key = ".".join(str(part)[:40] for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, SitePolicy.model_fields, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(SitePolicy.model_fields)}"
+        return ConfigError(f"unknown key {key}", who=str(path), advice=advice)
+    if first["type"] == "missing":
+        return ConfigError(f"key {key} is missing", who=str(path), advice="add it")
+    return ConfigError(f"key {key}: {first['msg']}", who=str(path), advice="correct it")
+
+
+class _Objection(NamedTuple):
+    """One way in which an offer lies outside a policy."""
+
+    what: str
+    advice: str
+
+
+def check_offer(policy: SitePolicy, offer: Offer) -> None:
+    """Check that everything an offer asks for lies within a policy; its signature is checked elsewhere.
+
+    Raises:
+        PolicyError: it does not; the message says what was asked, what is allowed, and what to do.
+    """
+    objections: Iterator[_Objection] = chain(
+        _identity(policy, offer),
+        _cohort(policy, offer),
+        _threshold(policy, offer),
+        _mechanism(policy, offer),
+        _noise_source(policy, offer),
+        _ring(offer),
+    )
+    first = next(objections, None)
+    if first is not None:
+        raise PolicyError(
+            f"offer of round {offer.round} {first.what}", who=f"site {policy.site}", advice=first.advice
+        )
+
+
+def _identity(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
+    """Is it for this site, in this federation, under a plan it accepted?"""
+    if offer.federation != policy.federation:
+        yield _Objection(
+            f"is for federation {offer.federation}, policy names {policy.federation}",
+            "check which server this site is connected to",
+        )
+    if offer.roster_hash != policy.roster_hash:
+        yield _Objection(
+            f"names roster {offer.roster_hash[:16]}…, policy pins {policy.roster_hash[:16]}…",
+            "ask the operator which roster is current and set roster_hash in policy.toml",
+        )
+    if policy.plans and offer.plan_hash not in policy.plans:
+        yield _Objection(
+            f"follows plan {offer.plan_hash[:16]}…, which policy does not list",
+            "review that plan and add its hash to plans in policy.toml or stay out",
+        )
+    if policy.site not in offer.participants:
+        yield _Objection(
+            "does not list this site as a participant", "ask the coordinator why it was sent here"
+        )
+
+
+def _cohort(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
+    """Are there enough different sites to hide among?"""
+    n = len(set(offer.participants))
+    if n < len(offer.participants):
+        yield _Objection("lists a participant twice", "report it: one site would be counted as two")
+    if n < policy.min_participants:
+        yield _outside(f"has {n} participants", policy.min_participants, "min_participants", floor=True)
+    if offer.min_survivors < policy.min_survivors:
+        yield _outside(
+            f"opens a sum over {offer.min_survivors} sites", policy.min_survivors, "min_survivors", floor=True
+        )
+    if offer.min_survivors > n:
+        yield _Objection(
+            f"waits for {offer.min_survivors} survivors of {n} participants",
+            "report it: it can never be opened",
+        )
+    if offer.dimension() > limits.MAX_VECTOR:
+        yield _Objection(
+            f"asks for an update of {offer.dimension()} coordinates, fedfuse handles at most {limits.MAX_VECTOR}",
+            "ask the coordinator for a smaller model",
+        )
+
+
+def _threshold(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
+    """Do t and c keep the server and c colluders from opening two sums, or one alone (page 2, Terms)?"""
+    n, t, c = len(set(offer.participants)), offer.threshold, offer.colluders
+    if c < policy.min_colluders:
+        yield _outside(f"withstands {c} colluders", policy.min_colluders, "min_colluders", floor=True)
+    if c >= n:
+        yield _Objection(
+            f"counts {c} colluders of {n} participants", "report it: nobody honest would be left"
+        )
+    if t < policy.min_threshold:
+        yield _outside(f"opens with {t} shares", policy.min_threshold, "min_threshold", floor=True)
+    if 2 * t <= n + c:
+        yield _Objection(
+            f"has threshold {t}, too low for {n} participants and {c} colluders (2t must exceed n + c)",
+            "report it: the server could open two different sums",
+        )
+    if t > offer.min_survivors:
+        yield _Objection(
+            f"has threshold {t} above its {offer.min_survivors} survivors",
+            "report it: it may never be opened",
+        )
+
+
+def _mechanism(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
+    """Do the constants the accounting is made of lie within bounds?"""
+    asked = offer.privacy
+    if asked.delta != policy.delta:
+        yield _Objection(
+            f"accounts at delta {asked.delta}, policy at {policy.delta}",
+            "agree on one delta with the coordinator or stay out",
+        )
+    if asked.sampling_rate > policy.max_sampling_rate:
+        yield _outside(
+            f"asks for sampling rate {asked.sampling_rate}", policy.max_sampling_rate, "max_sampling_rate"
+        )
+    if asked.steps > policy.max_steps_per_round:
+        yield _outside(f"asks for {asked.steps} steps", policy.max_steps_per_round, "max_steps_per_round")
+    if asked.clip > policy.max_clip:
+        yield _outside(f"asks for clip {asked.clip}", policy.max_clip, "max_clip")
+    if asked.noise_multiplier < policy.min_noise_multiplier:
+        yield _outside(
+            f"asks for noise multiplier {asked.noise_multiplier}",
+            policy.min_noise_multiplier,
+            "min_noise_multiplier",
+            floor=True,
+        )
+
+
+def _noise_source(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
+    """Is it clear, and acceptable, whose noise the guarantee rests on (page 3, trust modes)?"""
+    asked = offer.privacy
+    if asked.trust not in policy.trust:
+        yield _Objection(
+            f"relies on trust = {asked.trust.value}, policy allows {', '.join(policy.trust)}",
+            "add it to trust in policy.toml or stay out",
+        )
+    if asked.trust is Trust.AGGREGATE:
+        yield _Objection(
+            "shares the noise between sites (trust = aggregate), which this version of fedfuse cannot do",
+            "ask the coordinator for trust = site",
+        )
+    if asked.noise_share != asked.noise_multiplier:
+        yield _Objection(
+            f"has each site add noise {asked.noise_share} but counts {asked.noise_multiplier}",
+            "report it: with trust = site both are the same",
+        )
+    if asked.noise_sites != 1:
+        yield _Objection(
+            f"counts on the noise of {asked.noise_sites} sites",
+            "report it: with trust = site every site adds all of it",
+        )
+
+
+def _ring(offer: Offer) -> Iterator[_Objection]:
+    """Is the ring wide enough for the worst sum of clamped and quantised coordinates?"""
+    n, half = len(set(offer.participants)), 2 ** (offer.ring_bits - 1)
+    largest = offer.clip_range * offer.scale
+    # Rounded up: whichever way a coordinate at the clamp is rounded, it does not exceed this.
+    if not math.isfinite(largest) or n * math.ceil(largest) >= half:
+        yield _Objection(
+            f"could wrap: {n} sites times range {offer.clip_range} times scale {offer.scale} reaches 2^"
+            f"{offer.ring_bits - 1}",
+            "ask the coordinator for a smaller scale or clip_range",
+        )
+
+
+def _outside(asks: str, bound: float, key: str, *, floor: bool = False) -> _Objection:
+    """Return the objection to a number beyond the bound a key of the policy sets."""
+    least, change = ("least", "lower") if floor else ("most", "raise")
+    return _Objection(
+        f"{asks}, policy allows at {least} {bound}", f"{change} {key} in policy.toml or stay out"
+    )

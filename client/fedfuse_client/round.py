@@ -1,0 +1,198 @@
+"""One round as the site sees it: check, reserve, train, mask, receipt; durable before it is sent.
+
+Every handler may run in a fresh process: what a step needs of the steps before comes from the site's store, and a
+step that was answered is answered again with the identical bytes. Nothing here imports torch before the offer is
+checked and the privacy is reserved.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from fedfuse_client.home import SiteHome
+from fedfuse_client.learner import Learner
+from fedfuse_client.policy import check_offer
+from fedfuse_shared.config.base import SERVER, Frozen
+from fedfuse_shared.envelope import Envelope, canonical, decode, encode, seal, verify
+from fedfuse_shared.errors import BudgetError, FedfuseError, PolicyError, ProtocolError, StateError
+from fedfuse_shared.ledger.records import Policy, Receipt, Refusal
+from fedfuse_shared.messages import Hello, Introduction, Step
+from fedfuse_shared.offer import Offer
+from fedfuse_shared.parcel import Parcel
+from fedfuse_shared.secagg.site import SiteSession, SiteState
+
+_MAX_REASON = 400
+_LENGTH = 8
+"""Bytes that say how long a stored reply's message is; the vector follows it."""
+
+
+class _Stored(Frozen):
+    """What the store holds of a round in progress; secret."""
+
+    offer: Envelope[Offer]
+    session: SiteState
+
+
+class Site:
+    """One site of one federation, as its messages are answered."""
+
+    def __init__(self, home: SiteHome) -> None:
+        self._policy = home.load_policy()
+        self._me = home.load_identity(self._policy)
+        self._store = home.open_store()
+        self._chain = self._store.chain(self._policy.federation, self._policy.site)
+        self._learner = Learner(self._policy)
+
+    def close(self) -> None:
+        """Let go of the store, so that another process can have it."""
+        self._store.close()
+
+    def answer(self, step: Step, parcel: Parcel) -> Parcel:
+        """Return the answer to one message; a problem is said in the answer and changes nothing it should not."""
+        body, vector, problem = b"", b"", ""
+        try:
+            if step is Step.HELLO:
+                body = self._introduce(parcel)
+            elif step is not Step.SETTLE:
+                body, vector = self._in_round(step, parcel)
+        except FedfuseError as error:
+            problem = str(error)
+        leaves = tuple(self._chain.leaves_after(parcel.known))
+        return Parcel(parcel.context, body, leaves, 0, vector, problem)
+
+    # --- outside rounds -------------------------------------------------------------------------------------
+    def _introduce(self, parcel: Parcel) -> bytes:
+        hello = decode(parcel.body, Hello, who=SERVER)
+        verify(hello, self._me.roster.key_of(SERVER))
+        if hello.author != SERVER or hello.body.federation != self._policy.federation:
+            raise ProtocolError("greets another federation", who=SERVER)
+        published = self._chain.latest(Policy)
+        if published is None or published.body.policy_hash != self._policy.hash():
+            self._chain.append(self._policy.leaf, self._me.key)
+        return encode(seal(Introduction(**hello.body.model_dump()), self._me.name, self._me.key))
+
+    # --- in a round -----------------------------------------------------------------------------------------
+    def _in_round(self, step: Step, parcel: Parcel) -> tuple[bytes, bytes]:
+        answered = self._store.load_reply(parcel.context, step.value)
+        if answered is not None:
+            return _split(answered)
+        if step is Step.KEYS:
+            return self._begin(parcel), b""
+        stored = self._load(parcel.context)
+        session = SiteSession(stored.offer.body, self._me, os.urandom, stored.session)
+        if step is Step.UPDATE:
+            return self._update(session, stored.offer, parcel)
+        reply = {Step.SHARES: session.deal, Step.AGREE: session.agree, Step.UNMASK: session.reveal}[step](
+            parcel.body
+        )
+        if step is Step.UNMASK:
+            # Only the reply is kept, to be sent again; the round's secrets are gone.
+            self._store.finish(parcel.context, step.value, _join(reply))
+        else:
+            self._save(step, stored.offer, session, _join(reply))
+        return reply, b""
+
+    def _begin(self, parcel: Parcel) -> bytes:
+        """Check the offer, remember it, and return this context's public keys."""
+        envelope = decode(parcel.body, Offer, who=SERVER)
+        verify(envelope, self._me.roster.key_of(SERVER))
+        offer = envelope.body
+        if envelope.author != SERVER or offer.context() != parcel.context:
+            raise ProtocolError("sent an offer under another context", who=SERVER)
+        if self._store.is_finished(parcel.context):
+            raise ProtocolError("offers an attempt that is over", who=SERVER)
+        last = parcel.leaves[-1] if parcel.leaves else None
+        self._chain.check_head(last, self._me.key.public_key().public_bytes_raw())
+        try:
+            check_offer(self._policy, offer)
+            self._chain.check_budget(self._policy, offer, self._learner.dataset(self._store))
+        except (PolicyError, BudgetError) as problem:
+            self._refuse(parcel.context, str(problem))
+            raise
+        # A site is in one attempt at a time: whatever was begun before is over, its secrets are overwritten.
+        for context in self._store.stored_contexts():
+            self._store.erase(context)
+        session = SiteSession(offer, self._me, os.urandom)
+        reply = session.advertise()
+        self._save(Step.KEYS, envelope, session, _join(reply))
+        return reply
+
+    def _refuse(self, context: str, reason: str) -> None:
+        if self._chain.find(Refusal, context) is None:
+            self._chain.append(
+                lambda seq, prev: Refusal(seq=seq, prev=prev, context=context, reason=reason[:_MAX_REASON]),
+                self._me.key,
+            )
+
+    def _update(self, session: SiteSession, envelope: Envelope[Offer], parcel: Parcel) -> tuple[bytes, bytes]:
+        """Reserve, train, mask and write the receipt; return the masked vector."""
+        offer = envelope.body
+        weights = self._learner.check_weights(offer, parcel.vector)
+        session.accept_delivery(parcel.body)
+        self._chain.reserve(self._policy, offer, self._learner.dataset(self._store), self._me.key)
+        # From here on nothing may refuse or vary with the data (design page 2).
+        words = self._learner.update(offer, weights)
+        masked, vector_hash = session.mask(words)
+        vector = masked.astype("<u4", copy=False).tobytes()
+        with self._store.transaction():
+            self._chain.append(
+                lambda seq, prev: Receipt(
+                    seq=seq,
+                    prev=prev,
+                    context=offer.context(),
+                    steps=offer.privacy.steps,
+                    vector_hash=vector_hash,
+                ),
+                self._me.key,
+            )
+            self._save(Step.UPDATE, envelope, session, _join(b"", vector))
+        return b"", vector
+
+    # --- the store ------------------------------------------------------------------------------------------
+    def _save(self, step: Step, offer: Envelope[Offer], session: SiteSession, reply: bytes) -> None:
+        stored = _Stored(offer=offer, session=session.state)
+        self._store.save_step(session.state.context, step.value, canonical(stored), reply)
+
+    def _load(self, context: str) -> _Stored:
+        found = self._store.load_state(context)
+        if found is None:
+            raise ProtocolError("continues an attempt that this site is not in", who=SERVER)
+        try:
+            return _Stored.model_validate_json(found[1])
+        except ValidationError as problem:
+            raise StateError(
+                "a stored round cannot be read", who=self._policy.site, advice="wait for the next attempt"
+            ) from problem
+
+
+def _join(body: bytes, vector: bytes = b"") -> bytes:
+    return len(body).to_bytes(_LENGTH, "big") + body + vector
+
+
+def _split(reply: bytes) -> tuple[bytes, bytes]:
+    end = _LENGTH + int.from_bytes(reply[:_LENGTH], "big")
+    return reply[_LENGTH:end], reply[end:]
+
+
+_open: dict[str, Site] = {}
+"""One process may serve many messages of one site, or of many in a simulation; each store is opened once."""
+
+
+def site_in(folder: str) -> Site:
+    """Return the site in a folder.
+
+    Raises:
+        FedfuseError: its policy, key, roster or store cannot be used.
+    """
+    if folder not in _open:
+        _open[folder] = Site(SiteHome(Path(folder)))
+    return _open[folder]
+
+
+def close_sites() -> None:
+    """Let go of every store this process holds."""
+    while _open:
+        _open.popitem()[1].close()

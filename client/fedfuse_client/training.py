@@ -1,0 +1,136 @@
+"""DP-SGD at a site (Abadi et al. 2016), by Opacus, with what Opacus leaves to chance replaced.
+
+1. Every record enters a step independently with the public probability q, drawn from the CSPRNG; an empty draw is a
+   step of noise alone.
+2. Each record's gradient is clipped to norm C. One that is not finite, or whose files cannot be read, counts as zero.
+3. The clipped gradients are summed in float64, get Gaussian noise of deviation ``noise_share * C`` from the CSPRNG on a
+   common grid, and are divided by the public ``expected_batch_size``: never by the number drawn, and nothing else
+   depends on how many records the site has.
+4. Microbatches have one fixed shape, filled up with rows that weigh nothing, so a record's gradient does not depend on
+   how many others were drawn.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch.nn import functional
+
+from fedfuse_shared.errors import ConfigError
+from fedfuse_shared.models.weights import flatten
+from fedfuse_shared.privacy.noise import CLIP_MARGIN, NoiseSource
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from fedfuse_client.data.tensors import Batch, RecordTensors
+    from fedfuse_shared.config.federation import TrainingConfig
+    from fedfuse_shared.models.classifier import MultimodalClassifier
+    from fedfuse_shared.offer import RoundPrivacy
+
+
+class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus' optimiser with float64 sums, noise from the CSPRNG on a grid, and a public divisor.
+
+    Formal guarantee: between two calls of :meth:`release`, adding or removing one record's row changes the sum that
+    noise is added to by at most ``clip`` in L2 norm, rounding included (see :data:`CLIP_MARGIN`).
+
+    Raises:
+        ConfigError: a parameter is not float32.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, clip: float, multiplier: float, batch: int, noise: NoiseSource
+    ) -> None:
+        super().__init__(
+            optimizer, noise_multiplier=multiplier, max_grad_norm=clip, expected_batch_size=batch
+        )
+        self._noise = noise
+        for parameter in self.params:
+            if parameter.dtype != torch.float32:
+                raise ConfigError(f"private training needs float32 weights, not {parameter.dtype}")
+            parameter.summed_grad = torch.zeros_like(parameter, dtype=torch.float64)
+
+    def clip_and_accumulate(self) -> None:
+        """Add the clipped gradients of the rows just seen to the sum and forget the rows."""
+        rows = [sample.flatten(1) for sample in self.grad_samples]
+        norms = torch.stack([row.norm(dim=1) for row in rows]).to(torch.float64).norm(dim=0)
+        # A NaN or infinite norm fails the comparison: that record contributes nothing.
+        finite = norms < torch.inf
+        bound = self.max_grad_norm * (1 - CLIP_MARGIN)
+        factors = torch.where(finite, bound / norms.clamp(min=bound), 0.0)
+        for parameter, row in zip(self.params, rows, strict=True):
+            clean = row if bool(finite.all()) else torch.where(finite[:, None], row, 0.0)
+            parameter.summed_grad += (factors @ clean.to(torch.float64)).view_as(parameter)
+            parameter.grad_sample = None
+
+    def add_noise(self) -> None:
+        """Put the noised sum into ``grad`` and start the next sum at zero."""
+        for parameter in self.params:
+            total = parameter.summed_grad
+            noised = self._noise.private_sum(
+                total.numpy(), clip=self.max_grad_norm, multiplier=self.noise_multiplier
+            )
+            parameter.grad = torch.from_numpy(noised / self.expected_batch_size).to(torch.float32)
+            total.zero_()
+
+    def release(self) -> None:
+        """Take one step along the noised sum of everything accumulated since the last, nothing included."""
+        self.add_noise()
+        self.original_optimizer.step()
+
+
+def train_round(
+    model: MultimodalClassifier,
+    data: RecordTensors,
+    *,
+    privacy: RoundPrivacy,
+    training: TrainingConfig,
+    noise: NoiseSource,
+    microbatch: int,
+) -> NDArray[np.float32]:
+    """Return the update of one round, new weights less old, ``(dimension,)``; the model given is left as it was.
+
+    Raises:
+        ConfigError: weights of a precision that noise cannot be added to safely.
+    """
+    before = flatten(model)
+    trained = copy.deepcopy(model).train()
+    wrapped = GradSampleModule(trained, loss_reduction="sum")
+    optimizer = PrivateOptimizer(
+        torch.optim.SGD(trained.parameters(), lr=training.learning_rate),
+        clip=privacy.clip,
+        multiplier=privacy.noise_share,
+        batch=privacy.expected_batch_size,
+        noise=noise,
+    )
+    for _ in range(privacy.steps):
+        drawn = np.flatnonzero(noise.poisson_mask(len(data), privacy.sampling_rate)).tolist()
+        accumulate(wrapped, optimizer, data, data.usable(drawn), microbatch)
+        optimizer.release()
+    return flatten(trained) - before
+
+
+def accumulate(
+    wrapped: GradSampleModule, optimizer: PrivateOptimizer, data: RecordTensors, drawn: Sequence[int], microbatch: int
+) -> None:
+    """Add the clipped gradients of the records drawn, in microbatches of one shape."""
+    for start in range(0, len(drawn), microbatch):
+        rows = drawn[start : start + microbatch]
+        batch = data.batch([*rows, *([rows[0]] * (microbatch - len(rows)))])
+        weights = (torch.arange(microbatch) < len(rows)).to(torch.float32)
+        (losses(wrapped, batch) * weights).sum().backward()
+        optimizer.clip_and_accumulate()
+
+
+def losses(model: Any, batch: Batch) -> torch.Tensor:
+    """Return each record's cross-entropy ``(batch,)``."""
+    logits = model(batch["text"], batch["image"], batch["audio"], batch["present"])
+    return functional.cross_entropy(logits, batch["label"], reduction="none")

@@ -1,0 +1,57 @@
+"""One exchange with many sites over Flower's Grid: who is asked what, and what came back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flwr.serverapp import Grid
+
+from fedfuse_shared.errors import ProtocolError
+from fedfuse_shared.messages import Step
+from fedfuse_shared.parcel import Parcel, pack, unpack
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A way to ask nodes and wait for their answers.
+
+    Attributes:
+        grid: Flower's Grid: in-process, Ray or a SuperLink.
+        timeout: Seconds an exchange may take; it is each message's time to live as well, so that a late one is
+            void.
+    """
+
+    grid: Grid
+    timeout: float
+
+    def ask(self, step: Step, parcels: Mapping[int, Parcel], group: str) -> dict[int, Parcel | ProtocolError]:
+        """Send one parcel to each node and return each node's answer, or what was wrong with it.
+
+        A node that does not answer in time, cannot be reached or fails is told apart from one that answers: its
+        value is the ProtocolError that says so.
+        """
+        sent = {
+            node: self.grid.create_message(pack(parcel), step.value, node, group, ttl=self.timeout)
+            for node, parcel in parcels.items()
+        }
+        asked = list(sent.values())
+        replies = self.grid.send_and_receive(asked, timeout=self.timeout)
+        answers: dict[int, Parcel | ProtocolError] = {
+            node: ProtocolError("did not answer in time", who=f"node {node}") for node in sent
+        }
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            if node not in answers:
+                log.warning("a reply from node %s, which was not asked, is ignored", node)
+            elif reply.has_error():
+                answers[node] = ProtocolError(f"failed: {reply.error.reason}", who=f"node {node}")
+            else:
+                try:
+                    answers[node] = unpack(reply.content, who=f"node {node}")
+                except ProtocolError as problem:
+                    answers[node] = problem
+        return answers

@@ -1,0 +1,117 @@
+"""From settings to offers: the noise, the bounds and the grid every round of a run is proposed with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import Trust
+from fedfuse_shared.config.federation import RunConfig
+from fedfuse_shared.envelope import canonical
+from fedfuse_shared.errors import ConfigError
+from fedfuse_shared.offer import Offer, RoundPrivacy, Segment
+from fedfuse_shared.privacy.calibration import noise_multiplier
+from fedfuse_shared.roster import Roster
+from fedfuse_shared.secagg.bounds import Bounds, choose
+from fedfuse_shared.secagg.quantise import largest_scale
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Return the settings with the noise multiplier filled in for the planned rounds.
+
+    Every site is accounted as if it took part in every round: which sites are drawn is the server's choice and
+    earns no amplification.
+
+    Raises:
+        ConfigError: the settings contradict each other, or no noise reaches the target.
+    """
+    if config.privacy.trust is not Trust.SITE:
+        raise ConfigError(
+            'trust = "aggregate" is not built yet', advice='use trust = "site", which protects against everybody'
+        )
+    if config.privacy.noise_multiplier is not None:
+        return config
+    privacy = config.privacy
+    steps = config.rounds * privacy.steps_per_round
+    sigma = noise_multiplier(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
+    return config.model_copy(update={"privacy": privacy.model_copy(update={"noise_multiplier": sigma})})
+
+
+def plan_hash(config: RunConfig) -> str:
+    """Return the hash of everything in the settings that bears on the result or its privacy (hexadecimal).
+
+    Performance settings stay out: changing one can never change a guarantee.
+    """
+    bearing = config.model_dump(mode="json", exclude={"performance"})
+    return hashlib.sha256(limits.LABEL_PLAN + canonical(bearing)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all offers of one run have in common."""
+
+    run: str
+    config: RunConfig
+    roster: Roster
+    layout: tuple[Segment, ...]
+
+    def bounds(self, participants: int) -> Bounds:
+        """Return the secure-aggregation bounds for that many participants.
+
+        Raises:
+            ConfigError: the configured bounds do not fit that many.
+        """
+        wanted = self.config.secure_aggregation
+        return choose(
+            participants,
+            threshold=wanted.threshold,
+            colluders=wanted.colluders,
+            min_survivors=wanted.min_survivors,
+        )
+
+    def offer(self, *, number: int, attempt: int, model_hash: str, participants: Sequence[str]) -> Offer:
+        """Return the offer of one attempt at one round.
+
+        Raises:
+            ConfigError: the settings do not fit that many participants.
+        """
+        bounds = self.bounds(len(participants))
+        secure = self.config.secure_aggregation
+        return Offer(
+            federation=self.config.federation,
+            run=self.run,
+            round=number,
+            attempt=attempt,
+            roster_hash=self.roster.hash(),
+            plan_hash=plan_hash(self.config),
+            model_hash=model_hash,
+            model=self.config.model,
+            training=self.config.training,
+            layout=self.layout,
+            participants=tuple(sorted(participants)),
+            threshold=bounds.threshold,
+            colluders=bounds.colluders,
+            min_survivors=bounds.min_survivors,
+            ring_bits=32,
+            scale=largest_scale(len(participants), secure.clip_range, 32),
+            clip_range=secure.clip_range,
+            privacy=self._privacy(),
+        )
+
+    def _privacy(self) -> RoundPrivacy:
+        privacy = self.config.privacy
+        if privacy.noise_multiplier is None:
+            raise ConfigError("the noise multiplier is not set", advice="resolve the settings before planning")
+        return RoundPrivacy(
+            trust=privacy.trust,
+            sampling_rate=privacy.sampling_rate,
+            steps=privacy.steps_per_round,
+            clip=privacy.clip,
+            noise_multiplier=privacy.noise_multiplier,
+            noise_share=privacy.noise_multiplier,
+            noise_sites=1,
+            expected_batch_size=privacy.expected_batch_size,
+            delta=privacy.delta,
+        )

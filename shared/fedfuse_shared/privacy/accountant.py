@@ -1,0 +1,142 @@
+"""How much privacy a sequence of mechanisms costs: the enforced upper bound, and RDP beside it.
+
+Adjacency: add or remove one record. The enforced number is the pessimistic privacy-loss-distribution bound of
+Google's dp-accounting (Doroshenko et al. 2022); Renyi differential privacy (Mironov 2017) is shown for comparison
+and is never below it. The normal approximation ("GDP") is not offered: it underestimates.
+
+What is accounted may come from somebody else's ledger. So work is bounded: beyond ``MAX_EPSILON`` or
+``MAX_MECHANISMS``, where the distribution would take gigabytes or hours, the Renyi bound stands in for it. It holds
+as well; such a budget is lost either way.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from fedfuse_shared.errors import ConfigError
+from fedfuse_shared.ledger.records import Charge
+from fedfuse_shared.privacy.mechanisms import merge
+
+if TYPE_CHECKING:
+    from dp_accounting.privacy_accountant import PrivacyAccountant
+
+MAX_EPSILON: Final = 100.0
+"""Renyi epsilon above which no privacy loss distribution is computed."""
+MAX_MECHANISMS: Final = 64
+"""Most different mechanisms whose privacy loss distributions are composed."""
+
+_FINE, _COARSE = 1e-4, 1e-3
+"""Grid of the privacy loss, below and above ``_COARSE_ABOVE``; either is rounded up, never down."""
+_COARSE_ABOVE: Final = 16.0
+_LEAST_NOISE: Final = 1e-3
+"""Noise multiplier below which nothing is protected and the formulas overflow."""
+
+
+def epsilon(charges: Iterable[Charge], delta: float) -> float:
+    """Return an upper bound on epsilon at ``delta`` for everything charged together; 0 for nothing.
+
+    Raises:
+        ConfigError: delta does not lie between 0 and 1.
+    """
+    return _pld(merge(charges), _checked(delta))
+
+
+def epsilon_rdp(charges: Iterable[Charge], delta: float) -> float:
+    """Return the bound that Renyi accounting gives, for comparison.
+
+    Raises:
+        ConfigError: delta does not lie between 0 and 1.
+    """
+    return _rdp(merge(charges), _checked(delta))
+
+
+def fits(charges: Iterable[Charge], delta: float, cap: float) -> bool:
+    """Return whether ``epsilon(charges, delta) <= cap``, with few evaluations over a run's growing prefixes.
+
+    Epsilon never falls as steps are added. So whatever costs no more than something known to fit fits, and looking
+    ahead in doubling and halving strides answers the n prefixes of a run with O(log n) evaluations.
+
+    Raises:
+        ConfigError: delta does not lie between 0 and 1.
+    """
+    merged = merge(charges)
+    if not merged:
+        return True
+    *others, last = merged
+    known = _strides.setdefault((tuple(others), last.sampling_rate, last.noise_multiplier, delta, cap), [0, None])
+    fit, unfit = known
+    assert fit is not None
+    if last.steps <= fit:
+        return True
+    if unfit is not None and last.steps >= unfit:
+        return False
+
+    def at(steps: int) -> bool:
+        return epsilon([*others, last.model_copy(update={"steps": steps})], delta) <= cap
+
+    ahead = 2 * last.steps if unfit is None else (last.steps + unfit) // 2
+    for steps in dict.fromkeys((ahead, last.steps)):
+        if at(steps):
+            known[0] = max(known[0] or 0, steps)
+            break
+        known[1] = steps if known[1] is None else min(known[1], steps)
+    return last.steps <= (known[0] or 0)
+
+
+_strides: dict[tuple[tuple[Charge, ...], float, float, float, float], list[int | None]] = {}
+"""Per mechanism, target and other charges: most steps known to fit, fewest known not to."""
+
+
+def _checked(delta: float) -> float:
+    if not 0 < delta < 1:
+        raise ConfigError(f"delta {delta} does not lie between 0 and 1", advice="1e-5 is usual")
+    return delta
+
+
+@lru_cache(maxsize=4096)
+def _pld(charges: tuple[Charge, ...], delta: float) -> float:
+    renyi = _rdp(charges, delta)
+    if not charges or renyi > MAX_EPSILON or len(charges) > MAX_MECHANISMS:
+        return renyi
+    # A second to import: nobody waits for it who does not account.
+    from dp_accounting import pld  # noqa: PLC0415
+
+    accountant = pld.PLDAccountant(value_discretization_interval=_COARSE if renyi > _COARSE_ABOVE else _FINE)
+    _compose(accountant, charges)
+    bound = float(accountant.get_epsilon(delta))
+    # Where delta is smaller than the tails that were cut off, the distribution says infinity.
+    return bound if math.isfinite(bound) else renyi
+
+
+@lru_cache(maxsize=4096)
+def _rdp(charges: tuple[Charge, ...], delta: float) -> float:
+    if not charges:
+        return 0.0
+    if min(charge.noise_multiplier for charge in charges) < _LEAST_NOISE:
+        return math.inf
+    from dp_accounting import rdp  # noqa: PLC0415
+
+    accountant = rdp.RdpAccountant()
+    # It warns, order by order, of orders it leaves out; leaving one out only makes the bound larger.
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        _compose(accountant, charges)
+        return float(accountant.get_epsilon(delta))
+    finally:
+        logger.setLevel(before)
+
+
+def _compose(accountant: PrivacyAccountant, charges: tuple[Charge, ...]) -> None:
+    import dp_accounting  # noqa: PLC0415
+
+    for charge in charges:
+        event = dp_accounting.GaussianDpEvent(charge.noise_multiplier)
+        if charge.sampling_rate < 1:
+            event = dp_accounting.PoissonSampledDpEvent(charge.sampling_rate, event)
+        accountant.compose(event, charge.steps)

@@ -1,0 +1,80 @@
+"""``fedfuse simulate`` and ``fedfuse evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def simulate(
+    data: Annotated[
+        Path | None, typer.Option(help="A data folder; every value of its site column becomes a site.")
+    ] = None,
+    scenario: Annotated[str, typer.Option(help="An embedded data set, used where --data is left out.")] = "digits",
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder for the run; left out: runs/NAME-DATE-TIME.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings in TOML, as in a run's config.toml; options win over it.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to plan.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Privacy per record over all planned rounds.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Probability with which epsilon may not hold.")] = None,
+    trust: Annotated[
+        str | None, typer.Option(help="Against whom each site protects itself: `site` means everybody.")
+    ] = None,
+    fusion: Annotated[str | None, typer.Option(help="How modalities are fused: concat or late.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Server optimiser: fedavg or fedadam.")] = None,
+    sites_per_round: Annotated[int | None, typer.Option(min=3, help="Sites drawn for each round.")] = None,
+    colluders: Annotated[int | None, typer.Option(min=0, help="Sites that may help a lying server.")] = None,
+    dropout: Annotated[
+        float, typer.Option(min=0, max=1, help="Chance that a site's reply in an exchange is lost.")
+    ] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of initial weights and scenario data, never of noise or keys.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="inline: all sites in this process.")] = "inline",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Run a whole federation on this machine: sites, privacy, secure aggregation, ledger.
+
+    Without options it runs the embedded scenario `digits`: six sites in six languages, handwritten digits, a spoken
+    number (synthetic speech) and a sentence that holds it.
+
+    Examples:
+
+      fedfuse simulate
+      fedfuse simulate --data ../shared/data/digits --epsilon 8 --json
+      fedfuse simulate --rounds 20 --epsilon 3 --fusion late --dropout 0.02
+    """
+    from fedfuse_simulations.session import Options, run_session
+
+    changes = {
+        "rounds": rounds,
+        "sites_per_round": sites_per_round,
+        "seed": seed,
+        "privacy": {"epsilon": epsilon, "delta": delta, "trust": trust},
+        "model": {"fusion": fusion},
+        "aggregation": {"optimizer": optimizer},
+        "secure_aggregation": {"colluders": colluders},
+    }
+    run_session(Options(data, scenario, out, config, changes, dropout, engine, json))
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    data: Annotated[
+        Path | None, typer.Option(help="A data folder with test rows; left out: the one the run was made with.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Score a run's global model on test rows.
+
+    Accuracy, balanced accuracy and macro F1 over all test rows, and for every subset of modalities over the rows
+    that have them all. The scores come from rows on this machine, never from a site's messages.
+    """
+    from fedfuse_simulations.session import run_evaluation
+
+    run_evaluation(run, data, json=json)

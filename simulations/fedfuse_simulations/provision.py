@@ -1,0 +1,96 @@
+"""The folders of a simulated federation: one for the run, one per site, each with the keys only it may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedfuse_client.home import SiteHome
+from fedfuse_client.policy import SitePolicy
+from fedfuse_client.store import SiteStore
+from fedfuse_server.home import RunHome
+from fedfuse_server.plan import plan_hash
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import OPERATOR, Modality
+from fedfuse_shared.config.federation import RunConfig
+from fedfuse_shared.config.files import save_toml
+from fedfuse_shared.crypto.keys import identity_public
+from fedfuse_shared.envelope import encode, seal
+from fedfuse_shared.errors import ConfigError
+from fedfuse_shared.files import write_durably
+from fedfuse_shared.keyfile import create_key
+from fedfuse_shared.roster import Roster
+from fedfuse_shared.secagg.bounds import choose
+
+
+def provision(
+    home: RunHome, config: RunConfig, data: Path, sites: Sequence[str], modalities: tuple[Modality, ...]
+) -> dict[str, SiteHome]:
+    """Write a run's folder and its sites' folders, and return the sites' by name.
+
+    Every site's policy allows exactly the planned schedule: its cap is the run's epsilon and its plan is pinned.
+
+    Args:
+        home: The run's folder; it must be new.
+        config: Settings with the noise multiplier filled in.
+        data: The data folder all sites of the simulation read their own rows from.
+        sites: Names of the sites.
+        modalities: What every site declares to feed.
+
+    Raises:
+        ConfigError: fewer than three sites, or bounds that do not fit their number.
+    """
+    if len(sites) < limits.MIN_SITES:
+        raise ConfigError(
+            f"{len(sites)} sites; secure aggregation needs at least {limits.MIN_SITES}",
+            who=str(data),
+            advice="with two, each would learn the other's update from the sum",
+        )
+    secure = config.secure_aggregation
+    cohort = min(config.sites_per_round or len(sites), len(sites))
+    bounds = choose(
+        cohort,
+        threshold=secure.threshold,
+        colluders=secure.colluders,
+        min_survivors=secure.min_survivors,
+    )
+    noise = config.privacy.noise_multiplier
+    if noise is None:
+        raise ConfigError("the noise multiplier is not set", advice="resolve the settings before provisioning")
+    home.server_key.parent.mkdir(parents=True, mode=0o700)
+    server = create_key(home.server_key)
+    operator = create_key(home.server_key.parent / "operator.key")
+    folders = {name: SiteHome(home.root / "sites" / name) for name in sites}
+    roster = Roster(
+        federation=config.federation,
+        operator=identity_public(operator),
+        server=identity_public(server),
+        sites={name: folder.initialise() for name, folder in folders.items()},
+    )
+    enrolment = encode(seal(roster, OPERATOR, operator)) + b"\n"
+    write_durably(home.roster, enrolment)
+    save_toml(home.config, config)
+    for name, folder in folders.items():
+        write_durably(folder.roster, enrolment)
+        policy = SitePolicy(
+            site=name,
+            federation=config.federation,
+            roster_hash=roster.hash(),
+            data=data.resolve(),
+            modalities=modalities,
+            epsilon_cap=config.privacy.epsilon,
+            delta=config.privacy.delta,
+            min_participants=cohort,
+            min_survivors=bounds.min_survivors,
+            min_threshold=bounds.threshold,
+            min_colluders=bounds.colluders,
+            trust=(config.privacy.trust,),
+            min_noise_multiplier=noise,
+            max_sampling_rate=config.privacy.sampling_rate,
+            max_steps_per_round=config.privacy.steps_per_round,
+            max_clip=config.privacy.clip,
+            plans=(plan_hash(config),),
+        )
+        save_toml(folder.policy, policy)
+        SiteStore.open(folder.store, create=True).close()
+    return folders

@@ -1,0 +1,194 @@
+"""What a person sees of a simulation: progress while it runs, tables at the end, or one JSON object."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from pydantic_core import to_json
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedfuse_client.data.info import read_info
+from fedfuse_client.data.manifest import DatasetInfo, load_dataset
+from fedfuse_server.events import Event, RoundAbandoned, RoundOpened, RunStopped, SiteLeftOut
+from fedfuse_server.home import RunHome
+from fedfuse_shared.errors import ConfigError
+from fedfuse_simulations.examiner import Examiner
+from fedfuse_simulations.run import Metrics, Simulation, Watcher, prepare, run_inline
+from fedfuse_simulations.scenarios import SCENARIOS
+from fedfuse_simulations.scoring import Score, Scores
+from fedfuse_simulations.settings import settings
+
+SCORINGS = 12
+"""Times a run is scored on its way, so that a curve can be drawn."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``fedfuse simulate`` was called with."""
+
+    data: Path | None
+    scenario: str
+    out: Path | None
+    config: Path | None
+    changes: Mapping[str, object]
+    dropout: float
+    engine: str
+    json: bool
+
+
+def run_session(options: Options) -> None:
+    """Run a simulation and print its outcome.
+
+    Raises:
+        FedfuseError: a setting or the data is wrong, or no round was opened.
+    """
+    if options.engine != "inline":
+        raise ConfigError(f"there is no engine {options.engine!r}", advice="--engine inline is the one there is so far")
+    console = Console(stderr=True)
+    name = options.data.name if options.data else options.scenario
+    root = options.out or Path("runs") / f"{name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    home = RunHome(root)
+    if root.exists() and any(root.iterdir()):
+        raise ConfigError("is not empty", who=str(root), advice="choose another folder with --out")
+    started = time.monotonic()
+    data = options.data or _write_scenario(options, root / "data", console)
+    info = read_info(data)
+    if not isinstance(info, DatasetInfo):
+        load_dataset(data)  # raises, naming the first problem
+        raise ConfigError("has no dataset.toml", who=str(data))
+    config = settings(options.config, options.changes, info)
+    with console.status("choosing the noise and writing the sites' folders"):
+        config, dataset, folders = prepare(home, config, data)
+    examiner = Examiner(config.model, dataset)
+    with _progress(console, config.rounds) as show:
+        watch = Watcher(examiner, max(1, config.rounds // SCORINGS), show)
+        metrics = run_inline(home, config, folders, dropout=options.dropout, watch=watch)
+    sites = []
+    if options.json:
+        print(to_json(_summary(home, metrics, sites, time.monotonic() - started)).decode())  # noqa: T201
+    else:
+        _print_outcome(Console(), home, metrics, sites)
+
+
+def run_evaluation(run: Path, data: Path | None, *, json: bool) -> None:
+    """Score a run's published model on test rows and print the scores.
+
+    Raises:
+        FedfuseError: the run or the data cannot be used.
+    """
+    home = RunHome(run)
+    config = home.load_config()
+    examiner = Examiner(config.model, load_dataset(data or Simulation.load(home).data))
+    scores = examiner.examine_published(home)
+    if json:
+        print(to_json(scores).decode())  # noqa: T201
+    else:
+        Console().print(_score_table(scores))
+
+
+def _write_scenario(options: Options, folder: Path, console: Console) -> Path:
+    scenario = SCENARIOS.get(options.scenario)
+    if scenario is None:
+        raise ConfigError(
+            f"there is no scenario {options.scenario!r}", advice=f"there are: {', '.join(SCENARIOS)}"
+        )
+    seed = options.changes.get("seed")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with console.status(f"writing scenario {options.scenario} ({scenario.description})"):
+        scenario.write(folder, seed=seed if isinstance(seed, int) else 0)
+    return folder
+
+
+@contextmanager
+def _progress(console: Console, rounds: int) -> Iterator[Callable[[Event, Scores | None], None]]:
+    columns = (
+        TextColumn("round"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("rounds", total=rounds, note="sites read their data")
+        accuracy = ""
+
+        def show(event: Event, scores: Scores | None) -> None:
+            nonlocal accuracy
+            if scores is not None:
+                accuracy = f"accuracy {scores.all_rows.accuracy:.3f}"
+            match event:
+                case RoundOpened():
+                    bar.update(task, completed=event.round, note=f"{len(event.survivors)} survivors  {accuracy}")
+                case SiteLeftOut():
+                    bar.console.print(
+                        f"round {event.round}: {event.site} left out of {event.step}: {event.reason}", style="yellow"
+                    )
+                case RoundAbandoned():
+                    bar.console.print(
+                        f"round {event.round}, attempt {event.attempt}: aborted: {event.reason}", style="yellow"
+                    )
+                case RunStopped():
+                    bar.console.print(f"stopped after round {event.round}: {event.reason}", style="bold red")
+                case _:
+                    pass
+
+        yield show
+
+
+def _summary(home: RunHome, metrics: Metrics, sites: list, seconds: float) -> dict[str, object]:
+    final = metrics.final
+    complete = final.complete_rows
+    return {
+        "rounds": len(metrics.rounds),
+        "stopped": metrics.stopped,
+        "accuracy": final.all_rows.accuracy,
+        "accuracy_complete": complete.accuracy if complete else None,
+        "balanced_accuracy": final.all_rows.balanced_accuracy,
+        "f1_macro": final.all_rows.f1_macro,
+        "subsets": {name: score.accuracy for name, score in final.subsets.items()},
+        "subsets_balanced": {name: score.balanced_accuracy for name, score in final.subsets.items()},
+        "epsilon": {site.site: site.epsilon for site in sites},
+        "delta": 0,
+        "ledger": str(home.ledger),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _score_table(scores: Scores) -> Table:
+    table = Table(title="Scores on test rows", title_justify="left")
+    for heading in ("modalities shown", "rows", "accuracy", "balanced", "F1 macro"):
+        table.add_column(heading, justify="left" if heading == "modalities shown" else "right")
+
+    def row(name: str, score: Score) -> None:
+        figures = (score.accuracy, score.balanced_accuracy, score.f1_macro)
+        table.add_row(name, str(score.rows), *(f"{figure:.3f}" for figure in figures))
+
+    row("what each row has", scores.all_rows)
+    table.add_section()
+    for name, score in scores.subsets.items():
+        row(name, score)
+    return table
+
+
+def _print_outcome(console: Console, home: RunHome, metrics: Metrics, report: list) -> None:
+    console.print(_score_table(metrics.final))
+    if metrics.stopped:
+        console.print(f"[bold red]The run ended early:[/] {metrics.stopped}")
+    console.print(f"{len(metrics.rounds)} rounds in {metrics.seconds:.0f} s.")
+    for label, path in (
+        ("run", home.root),
+        ("model", home.model_file),
+        ("metrics", home.root / "metrics.json"),
+        ("ledger", home.ledger),
+    ):
+        console.print(f"  {label:8} {path}", highlight=False, soft_wrap=True)
+    console.print(f"Check every site's privacy yourself: fedfuse audit {home.ledger}", soft_wrap=True)

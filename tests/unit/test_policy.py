@@ -1,0 +1,362 @@
+"""The site's policy file, and every single way in which an offer can lie outside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedfuse_client.policy import MAX_POLICY, SitePolicy, check_offer, load_policy
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import Modality, Trust
+from fedfuse_shared.config.federation import TrainingConfig
+from fedfuse_shared.config.model import EncoderConfig, ModelConfig
+from fedfuse_shared.envelope import canonical
+from fedfuse_shared.errors import ConfigError, PolicyError
+from fedfuse_shared.ledger import records
+from fedfuse_shared.offer import Offer, RoundPrivacy, Segment
+
+SITES = ("lyon", "oslo", "porto", "turin", "ulm", "york")
+KEYS: dict[str, Any] = {
+    "site": "lyon",
+    "federation": "clinics",
+    "roster_hash": "a" * 64,
+    "data": "records",
+    "modalities": ["text", "image"],
+    "epsilon_cap": 8.0,
+    "delta": 1e-5,
+    "min_participants": 4,
+    "min_survivors": 5,
+    "min_threshold": 5,
+    "min_colluders": 1,
+    "trust": ["site"],
+    "min_noise_multiplier": 1.0,
+    "max_sampling_rate": 0.25,
+    "max_steps_per_round": 4,
+    "max_clip": 1.5,
+    "plans": ["c" * 64],
+}
+PRIVACY: dict[str, Any] = {
+    "trust": Trust.SITE,
+    "sampling_rate": 0.25,
+    "steps": 4,
+    "clip": 1.5,
+    "noise_multiplier": 1.0,
+    "noise_share": 1.0,
+    "noise_sites": 1,
+    "expected_batch_size": 64,
+    "delta": 1e-5,
+}
+OFFER: dict[str, Any] = {
+    "federation": "clinics",
+    "run": "run-1",
+    "round": 7,
+    "attempt": 1,
+    "roster_hash": "a" * 64,
+    "plan_hash": "c" * 64,
+    "model_hash": "d" * 64,
+    "model": ModelConfig(classes=("no", "yes"), encoders={Modality.TEXT: EncoderConfig(name="words")}),
+    "training": TrainingConfig(),
+    "layout": (Segment(name="head", size=10),),
+    "participants": SITES,
+    "threshold": 5,
+    "colluders": 1,
+    "min_survivors": 5,
+    "ring_bits": 32,
+    "scale": 2.0**20,
+    "clip_range": 4.0,
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "policy.toml"
+    path.write_text(
+        tomli_w.dumps({key: value for key, value in (KEYS | changes).items() if value is not None})
+    )
+    return path
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> SitePolicy:
+    return load_policy(write(tmp_path))
+
+
+def offer(privacy: dict[str, Any] | None = None, **changes: Any) -> Offer:
+    return Offer(**(OFFER | {"privacy": RoundPrivacy(**(PRIVACY | (privacy or {})))} | changes))
+
+
+# --- the file ----------------------------------------------------------------------------------------------
+
+
+def test_a_policy_is_read_with_its_data_folder_beside_it(tmp_path: Path) -> None:
+    policy = load_policy(write(tmp_path))
+    assert policy.data == tmp_path / "records"
+    assert policy.modalities == (Modality.TEXT, Modality.IMAGE)
+    assert policy.record_sites == ("lyon",)
+    assert load_policy(write(tmp_path, dataset_sites=["a", "b"])).record_sites == ("a", "b")
+    assert load_policy(write(tmp_path, data="/srv/data")).data == Path("/srv/data")
+    assert load_policy(write(tmp_path, epsilon_cap=8)).epsilon_cap == 8.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_samplng_rate": 0.5}, "unknown key max_samplng_rate; did you mean max_sampling_rate?"),
+        ({"max_sampling_rate": None, "max_samplng_rate": 0.5}, "did you mean max_sampling_rate?"),
+        ({"zzz": 1}, "unknown key zzz; known are site, federation, roster_hash"),
+        ({"delta": None}, "key delta is missing"),
+        ({"delta": 1.0}, "key delta: Input should be less than 1"),
+        ({"epsilon_cap": float("nan")}, "key epsilon_cap: Input should be a finite number"),
+        ({"epsilon_cap": float("inf")}, "key epsilon_cap: Input should be a finite number"),
+        ({"epsilon_cap": "8"}, "key epsilon_cap: Input should be a valid number"),
+        ({"min_participants": 2}, "key min_participants: Input should be greater than or equal to 3"),
+        ({"min_participants": 4.5}, "key min_participants:"),
+        ({"site": "../lyon"}, "key site:"),
+        ({"modalities": ["smell"]}, "key modalities.0:"),
+        ({"modalities": []}, "key modalities:"),
+        ({"trust": []}, "key trust:"),
+        ({"roster_hash": "A" * 64}, "key roster_hash:"),
+        ({"site": {"name": "lyon"}}, "key site:"),
+    ],
+)
+def test_a_wrong_key_is_named(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    path = write(tmp_path, **changes)
+    with pytest.raises(ConfigError) as caught:
+        load_policy(path)
+    assert says in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"site = ",
+        b"\xff\xfe",
+        b"site = 2024-01-01",
+        b"site = 'a'\nsite = 'b'",
+        b"#" * (MAX_POLICY + 1),
+        b"site = " + b"[" * 5000,
+    ],
+    ids=["syntax", "encoding", "date", "twice", "long", "deep"],
+)
+def test_what_is_no_policy_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "policy.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"policy\.toml"):
+        load_policy(tmp_path / "policy.toml")
+
+
+def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_policy(tmp_path / "policy.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_policy(tmp_path)
+
+
+# --- what is published -------------------------------------------------------------------------------------
+
+
+def test_the_leaf_says_what_the_file_says(policy: SitePolicy) -> None:
+    leaf = policy.leaf(3, "b" * 64)
+    said = leaf.model_dump()
+    for key in set(KEYS) & set(said):
+        assert said[key] == getattr(policy, key), key
+    assert (leaf.seq, leaf.prev, leaf.policy_hash) == (3, "b" * 64, policy.hash())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"data": "elsewhere"}, {"modalities": ["audio"]}, {"dataset_sites": ["a"]}], ids=str
+)
+def test_nothing_published_depends_on_what_stays_at_the_site(tmp_path: Path, changes: dict[str, Any]) -> None:
+    before = load_policy(write(tmp_path))
+    after = load_policy(write(tmp_path, **changes))
+    assert before != after
+    assert canonical(before.leaf(1, records.FIRST_LINK)) == canonical(after.leaf(1, records.FIRST_LINK))
+
+
+def test_every_other_key_changes_the_hash(tmp_path: Path) -> None:
+    changed = {
+        "site": "oslo",
+        "federation": "other",
+        "roster_hash": "b" * 64,
+        "epsilon_cap": 7.5,
+        "delta": 1e-6,
+        "min_participants": 5,
+        "min_survivors": 4,
+        "min_threshold": 4,
+        "min_colluders": 2,
+        "trust": ["site", "aggregate"],
+        "min_noise_multiplier": 1.5,
+        "max_sampling_rate": 0.5,
+        "max_steps_per_round": 5,
+        "max_clip": 2.0,
+        "plans": [],
+    }
+    assert set(changed) == set(SitePolicy.model_fields) - {"data", "dataset_sites", "modalities"}
+    hashes = {load_policy(write(tmp_path, **{key: value})).hash() for key, value in changed.items()}
+    assert len(hashes | {load_policy(write(tmp_path)).hash()}) == len(changed) + 1
+
+
+# --- offers ------------------------------------------------------------------------------------------------
+
+
+def test_an_offer_at_every_bound_is_accepted(policy: SitePolicy) -> None:
+    check_offer(policy, offer())
+
+
+def test_no_plan_listed_means_any_plan(policy: SitePolicy) -> None:
+    check_offer(policy.model_copy(update={"plans": ()}), offer(plan_hash="e" * 64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"federation": "other"}, "is for federation other, policy names clinics"),
+        ({"roster_hash": "b" * 64}, "names roster bbbbbbbbbbbbbbbb…, policy pins aaaaaaaaaaaaaaaa…"),
+        ({"plan_hash": "e" * 64}, "follows plan eeeeeeeeeeeeeeee…, which policy does not list"),
+        ({"participants": ("a1", *SITES[1:])}, "does not list this site as a participant"),
+        ({"participants": (*SITES, "york")}, "lists a participant twice"),
+        (
+            {"participants": SITES[:3]},
+            "has 3 participants, policy allows at least 4; lower min_participants in",
+        ),
+        ({"min_survivors": 4}, "opens a sum over 4 sites, policy allows at least 5; lower min_survivors in"),
+        ({"min_survivors": 7}, "waits for 7 survivors of 6 participants"),
+        (
+            {"layout": (Segment(name="a", size=limits.MAX_VECTOR), Segment(name="b", size=1))},
+            "268435457 coordinates",
+        ),
+        ({"colluders": 0}, "withstands 0 colluders, policy allows at least 1; lower min_colluders in"),
+        ({"colluders": 6}, "counts 6 colluders of 6 participants"),
+        ({"threshold": 4}, "opens with 4 shares, policy allows at least 5; lower min_threshold in"),
+        (
+            {"colluders": 4},
+            "has threshold 5, too low for 6 participants and 4 colluders (2t must exceed n + c)",
+        ),
+        ({"threshold": 6}, "has threshold 6 above its 5 survivors"),
+        ({"scale": 2.0**27}, "could wrap: 6 sites times range 4.0 times scale 134217728.0 reaches 2^31"),
+        ({"clip_range": 1e308, "scale": 2.0**40}, "could wrap"),
+        ({"privacy": {"delta": 2e-5}}, "accounts at delta 2e-05, policy at 1e-05"),
+        ({"privacy": {"delta": 0.5e-5}}, "accounts at delta 5e-06, policy at 1e-05"),
+        (
+            {"privacy": {"sampling_rate": 0.5}},
+            "asks for sampling rate 0.5, policy allows at most 0.25; raise max_sampling_rate in policy.toml",
+        ),
+        (
+            {"privacy": {"steps": 5}},
+            "asks for 5 steps, policy allows at most 4; raise max_steps_per_round in",
+        ),
+        ({"privacy": {"clip": 1.6}}, "asks for clip 1.6, policy allows at most 1.5; raise max_clip in"),
+        (
+            {"privacy": {"noise_multiplier": 0.5, "noise_share": 0.5}},
+            "asks for noise multiplier 0.5, policy allows at least 1.0; lower min_noise_multiplier in",
+        ),
+        ({"privacy": {"trust": Trust.AGGREGATE}}, "relies on trust = aggregate, policy allows site"),
+        ({"privacy": {"noise_share": 0.5}}, "has each site add noise 0.5 but counts 1.0"),
+        ({"privacy": {"noise_share": 2.0}}, "has each site add noise 2.0 but counts 1.0"),
+        ({"privacy": {"noise_sites": 4}}, "counts on the noise of 4 sites"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_offer_beyond_one_bound_is_refused(policy: SitePolicy, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        check_offer(policy, offer(**changes))
+    assert str(caught.value).startswith("site lyon: offer of round 7 ")
+    assert says in str(caught.value)
+    records.Refusal(seq=1, prev="0" * 64, context="0" * 64, reason=str(caught.value))  # it fits a ledger leaf
+
+
+def test_shared_noise_is_refused_even_where_the_policy_allows_it(policy: SitePolicy) -> None:
+    open_minded = policy.model_copy(update={"trust": (Trust.SITE, Trust.AGGREGATE)})
+    with pytest.raises(
+        PolicyError, match="this version of fedfuse cannot do; ask the coordinator for trust = site"
+    ):
+        check_offer(open_minded, offer(privacy={"trust": Trust.AGGREGATE}))
+
+
+def test_the_ring_is_filled_to_the_last_unit_and_no_further(policy: SitePolicy) -> None:
+    fits = (2**31 - 1) // 6
+    check_offer(policy, offer(clip_range=1.0, scale=float(fits)))
+    with pytest.raises(PolicyError, match="could wrap"):
+        check_offer(policy, offer(clip_range=1.0, scale=fits + 0.5))
+
+
+def lies_within(p: SitePolicy, o: Offer) -> bool:
+    """The bounds once more, as one formula."""
+    n, t, c, s = len(o.participants), o.threshold, o.colluders, o.min_survivors
+    a = o.privacy
+    return (
+        (o.federation, o.roster_hash, a.delta) == (p.federation, p.roster_hash, p.delta)
+        and (not p.plans or o.plan_hash in p.plans)
+        and p.site in o.participants
+        and len(set(o.participants)) == n
+        and p.min_participants <= n
+        and p.min_survivors <= s <= n
+        and p.min_colluders <= c < n
+        and p.min_threshold <= t <= s
+        and 2 * t > n + c
+        and (a.trust, a.noise_share, a.noise_sites) == (Trust.SITE, a.noise_multiplier, 1)
+        and a.sampling_rate <= p.max_sampling_rate
+        and a.steps <= p.max_steps_per_round
+        and a.clip <= p.max_clip
+        and a.noise_multiplier >= p.min_noise_multiplier
+        and n * o.clip_range * o.scale < 2.0**31
+    )
+
+
+privacies = st.fixed_dictionaries(
+    {},
+    optional={
+        "trust": st.sampled_from(Trust),
+        "sampling_rate": st.sampled_from([0.01, 0.25, 0.2500001, 1.0]),
+        "steps": st.sampled_from([1, 4, 5]),
+        "clip": st.sampled_from([0.1, 1.5, 1.5000001]),
+        "noise_share": st.sampled_from([0.5, 1.0, 2.0]),
+        "noise_sites": st.integers(0, 2),
+        "delta": st.sampled_from([1e-5, 1.0000001e-5, 1e-6]),
+    },
+)
+changes = st.fixed_dictionaries(
+    {},
+    optional={
+        "federation": st.sampled_from(["clinics", "other"]),
+        "roster_hash": st.sampled_from(["a" * 64, "b" * 64]),
+        "plan_hash": st.sampled_from(["c" * 64, "e" * 64]),
+        "participants": st.lists(st.sampled_from(SITES), min_size=3, max_size=8).map(tuple)
+        | st.permutations(SITES).map(tuple),
+        "threshold": st.integers(0, 8),
+        "colluders": st.integers(0, 8),
+        "min_survivors": st.integers(0, 8),
+        "scale": st.sampled_from([1.0, 2.0**20, 2.0**26, 2.0**27, 2.0**40]),
+        "clip_range": st.sampled_from([1.0, 4.0, 1e308]),
+    },
+)
+noise = st.sampled_from([0.5, 1.0, 2.0])
+
+
+@settings(max_examples=1000, deadline=None)
+@given(privacies, changes, noise)
+def test_exactly_the_offers_within_all_bounds_pass(
+    privacy: dict[str, Any], change: dict[str, Any], sigma: float
+) -> None:
+    policy = SitePolicy(
+        **(
+            KEYS
+            | {
+                "data": Path("records"),
+                "modalities": (Modality.TEXT,),
+                "trust": (Trust.SITE,),
+                "plans": ("c" * 64,),
+            }
+        )
+    )
+    asked = offer({"noise_multiplier": sigma, "noise_share": sigma} | privacy, **change)
+    if lies_within(policy, asked):
+        check_offer(policy, asked)
+    else:
+        with pytest.raises(PolicyError):
+            check_offer(policy, asked)
