@@ -7,6 +7,7 @@ checked and the privacy is reserved.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -17,12 +18,17 @@ from fedfuse_client.learner import Learner
 from fedfuse_client.policy import check_offer
 from fedfuse_shared.config.base import SERVER, Frozen
 from fedfuse_shared.envelope import Envelope, canonical, decode, encode, seal, verify
-from fedfuse_shared.errors import BudgetError, FedfuseError, PolicyError, ProtocolError, StateError
+from fedfuse_shared.errors import BudgetError, PolicyError, ProtocolError, StateError, VerificationError
 from fedfuse_shared.ledger.records import Policy, Receipt, Refusal
 from fedfuse_shared.messages import Hello, Introduction, Step
 from fedfuse_shared.offer import Offer
 from fedfuse_shared.parcel import Parcel
 from fedfuse_shared.secagg.site import SiteSession, SiteState
+
+log = logging.getLogger(__name__)
+
+_SAYABLE = (PolicyError, BudgetError, ProtocolError, VerificationError)
+"""Errors whose text is made of public values alone (offer, policy, ledger, roster) and may leave the site."""
 
 _MAX_REASON = 400
 _LENGTH = 8
@@ -58,8 +64,11 @@ class Site:
                 body = self._introduce(parcel)
             elif step is not Step.SETTLE:
                 body, vector = self._in_round(step, parcel)
-        except FedfuseError as error:
+        except _SAYABLE as error:
             problem = str(error)
+        except Exception:  # whatever else went wrong may hold file names, rows or counts: those stay here
+            log.exception("%s: step %s failed", self._policy.site, step.value)
+            problem = "cannot take part in this step; the reason is in the site's own log"
         leaves = tuple(self._chain.leaves_after(parcel.known))
         return Parcel(parcel.context, body, leaves, 0, vector, problem)
 

@@ -34,7 +34,7 @@ def tone(seconds=1.0, rate=16_000):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name", ["digits", "stamps"])
+@pytest.mark.parametrize("name", ["digits", pytest.param("stamps", marks=pytest.mark.slow)])
 def test_the_real_data_sets_have_no_problems(name):
     if not (DATA / name).is_dir():
         pytest.skip(f"there is no {DATA / name}; set FEDFUSE_DATA")
@@ -63,7 +63,9 @@ def test_a_flipped_byte_in_an_image_is_found(folder):
     assert found(folder) == [(4, "image", ProblemCode.UNREADABLE)]
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x89PNG\r\n\x1a\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7"]
+)
 def test_what_is_no_image(folder, content):
     (folder / "images/0.png").write_bytes(content)
     code = ProblemCode.UNREADABLE if content else ProblemCode.EMPTY

@@ -39,7 +39,11 @@ def test_records_are_read_as_written(folder):
     assert dataset.info.classes == ("cat", "dog")
     first, second = dataset.records[:2]
     assert (first.row, first.id, first.site, first.split, first.label) == (2, "r0", "turin", "train", 0)
-    assert (first.text, first.image, first.audio) == ("animal number 0", Path("images/0.png"), Path("audio/0.wav"))
+    assert (first.text, first.image, first.audio) == (
+        "animal number 0",
+        Path("images/0.png"),
+        Path("audio/0.wav"),
+    )
     assert (second.row, second.label, second.text, second.audio) == (3, 1, None, None)
 
 
@@ -121,7 +125,10 @@ def test_a_column_of_a_modality_that_is_nowhere_may_be_left_out(folder):
         (b"id,site,split,label,text,text\n", [(1, "text", ProblemCode.UNKNOWN_COLUMN)]),
         (b"id,site,split,label,text\na,lyon,train,cat\n", [(2, None, ProblemCode.MALFORMED_ROW)]),
         (b'id,site,split,label,text\na,lyon,train,cat,"x\n', [(2, None, ProblemCode.MALFORMED_ROW)]),
-        (b'id,site,split,label,text\na,lyon,train,cat,"x"y\nb,b,test,cat,z', [(2, None, ProblemCode.MALFORMED_ROW)]),
+        (
+            b'id,site,split,label,text\na,lyon,train,cat,"x"y\nb,b,test,cat,z',
+            [(2, None, ProblemCode.MALFORMED_ROW)],
+        ),
     ],
 )
 def test_a_table_that_is_not_one(folder, content, expected):
@@ -237,7 +244,17 @@ def content_key(record):
 
 
 def test_null_is_a_missing_modality_in_json_lines_and_parquet(tmp_path):
-    sparse = [{"id": "a", "site": "lyon", "split": "train", "label": "cat", "text": "x", "image": None, "audio": None}]
+    sparse = [
+        {
+            "id": "a",
+            "site": "lyon",
+            "split": "train",
+            "label": "cat",
+            "text": "x",
+            "image": None,
+            "audio": None,
+        }
+    ]
     for kind in ("jsonl", "parquet"):
         folder = write_folder(tmp_path / kind)
         if kind == "jsonl":
@@ -328,6 +345,16 @@ def test_any_change_of_content_changes_the_digest(folder):
         dataset = load_dataset(folder)
         digests.add(content_digest(dataset, dataset.records[1]))
     assert len(digests) == len(variants)
+
+
+def test_bytes_that_move_from_one_file_to_the_next_change_the_digest(folder):
+    dataset = load_dataset(folder)
+    digests = set()
+    for image, audio in ((b"a", b"b\1c"), (b"a\1b", b"c"), (b"a", b"b\0c"), (b"a\1b\1c", b"d")):
+        (folder / "images/0.png").write_bytes(image)
+        (folder / "audio/0.wav").write_bytes(audio)
+        digests.add(content_digest(dataset, dataset.records[0]))
+    assert len(digests) == 4
 
 
 def test_a_file_that_vanished_has_no_digest(folder):

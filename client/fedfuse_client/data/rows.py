@@ -101,9 +101,11 @@ class _Lines:
         self._file = file
         self._used = 0
         self._at_start = True
+        self.taken = 0
+        """Lines the record has taken so far."""
 
     def begin_record(self) -> None:
-        self._used = 0
+        self._used = self.taken = 0
 
     def __iter__(self) -> _Lines:
         return self
@@ -116,6 +118,7 @@ class _Lines:
             line = line.removeprefix(codecs.BOM_UTF8)  # Excel's "CSV UTF-8"
             self._at_start = False
         self._used += len(line)
+        self.taken += 1
         if self._used >= _MAX_ROW:
             while not line.endswith(b"\n") and (line := self._file.readline(_MAX_ROW)):
                 pass
@@ -169,8 +172,11 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Cells] | Problem]:
             except StopIteration:
                 return
             except (csv.Error, _RowError) as error:
-                yield _malformed(path, row, f"is not valid CSV: {error}")
-                if header is None:
+                # Past an open quotation mark nobody can tell where the next row begins.
+                lost = header is None or lines.taken > 1
+                rest = "; a quotation mark may be open: the rows after it were not read" if lost else ""
+                yield _malformed(path, row, f"is not valid CSV: {error}{rest}")
+                if lost:
                     return
                 continue
             if header is None:

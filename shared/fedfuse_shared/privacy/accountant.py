@@ -4,9 +4,9 @@ Adjacency: add or remove one record. The enforced number is the pessimistic priv
 Google's dp-accounting (Doroshenko et al. 2022); Renyi differential privacy (Mironov 2017) is shown for comparison
 and is never below it. The normal approximation ("GDP") is not offered: it underestimates.
 
-What is accounted may come from somebody else's ledger. So work is bounded: beyond ``MAX_EPSILON`` or
-``MAX_MECHANISMS``, where the distribution would take gigabytes or hours, the Renyi bound stands in for it. It holds
-as well; such a budget is lost either way.
+What is accounted may come from somebody else's ledger. So work is bounded: beyond ``MAX_EPSILON``,
+``MAX_MECHANISMS`` or ``MAX_STEPS``, where the distribution would take gigabytes or hours, the Renyi bound stands in
+for it. It holds as well, and is larger.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ MAX_EPSILON: Final = 100.0
 """Renyi epsilon above which no privacy loss distribution is computed."""
 MAX_MECHANISMS: Final = 64
 """Most different mechanisms whose privacy loss distributions are composed."""
+MAX_STEPS: Final = 10**6
+"""Most steps of one mechanism whose privacy loss distribution is composed."""
 
 _FINE, _COARSE = 1e-4, 1e-3
 """Grid of the privacy loss, below and above ``_COARSE_ABOVE``; either is rounded up, never down."""
 _COARSE_ABOVE: Final = 16.0
 _LEAST_NOISE: Final = 1e-3
 """Noise multiplier below which nothing is protected and the formulas overflow."""
+_MOST_NOISE: Final = 1e6
+_LEAST_RATE: Final = 1e-9
 
 
 def epsilon(charges: Iterable[Charge], delta: float) -> float:
@@ -102,6 +106,8 @@ def _pld(charges: tuple[Charge, ...], delta: float) -> float:
     renyi = _rdp(charges, delta)
     if not charges or renyi > MAX_EPSILON or len(charges) > MAX_MECHANISMS:
         return renyi
+    if max(charge.steps for charge in charges) > MAX_STEPS:
+        return renyi
     # A second to import: nobody waits for it who does not account.
     from dp_accounting import pld  # noqa: PLC0415
 
@@ -136,7 +142,9 @@ def _compose(accountant: PrivacyAccountant, charges: tuple[Charge, ...]) -> None
     import dp_accounting  # noqa: PLC0415
 
     for charge in charges:
-        event = dp_accounting.GaussianDpEvent(charge.noise_multiplier)
-        if charge.sampling_rate < 1:
-            event = dp_accounting.PoissonSampledDpEvent(charge.sampling_rate, event)
+        # Beyond these the formulas over- or underflow; less noise or more sampling only makes the bound larger.
+        rate, sigma = max(charge.sampling_rate, _LEAST_RATE), min(charge.noise_multiplier, _MOST_NOISE)
+        event = dp_accounting.GaussianDpEvent(sigma)
+        if rate < 1:
+            event = dp_accounting.PoissonSampledDpEvent(rate, event)
         accountant.compose(event, charge.steps)

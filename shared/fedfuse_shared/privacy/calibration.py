@@ -8,6 +8,7 @@ import math
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 from fedfuse_shared.envelope import canonical
 from fedfuse_shared.errors import ConfigError
@@ -15,65 +16,97 @@ from fedfuse_shared.files import write_durably
 from fedfuse_shared.ledger.records import Charge
 from fedfuse_shared.privacy.accountant import epsilon, epsilon_rdp
 
-_SMALLEST, _LARGEST = 0.2, 5000.0
-_DIGITS = 4
+_SMALLEST: Final = 0.2
+_LARGEST: Final = 5000.0
+_DIGITS: Final = 5
+_MAX_ENTRY: Final = 100
+"""Largest cache entry that is read (bytes): it is one number."""
 
 
 def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: int) -> float:
-    """Return the smallest noise multiplier, to four significant digits, under which a schedule costs at most ``target``.
+    """Return the smallest noise multiplier, to five significant digits, that keeps a schedule within ``target``.
 
-    It is rounded up, so ``accountant.epsilon`` of the schedule is never above the target.
+    It is rounded up, so ``accountant.epsilon`` of the schedule is never above the target; and it is a short decimal,
+    so that what an offer states is exactly what was calibrated.
+
+    Args:
+        target: Epsilon for the whole schedule.
+        delta: The delta it is meant at.
+        sampling_rate: Poisson sampling rate q of every step.
+        steps: Steps of all rounds together.
 
     Raises:
-        ConfigError: the target is not a positive number, or no reasonable noise reaches it.
+        ConfigError: an argument is out of bounds, or no reasonable noise reaches the target.
     """
     if not (target > 0 and math.isfinite(target)):
         raise ConfigError(f"epsilon {target} is not a positive number", advice="1 to 10 is usual")
-
+    if not 0 < sampling_rate <= 1:
+        raise ConfigError(f"sampling rate {sampling_rate} does not lie above 0 and up to 1")
+    if steps < 1:
+        raise ConfigError(f"a schedule of {steps} steps needs no noise", advice="plan at least one round")
     remembered = _recall(target, delta, sampling_rate, steps)
-    if remembered is not None:
-        # A file is not believed: what it says is checked against the accountant.
-        schedule = Charge(sampling_rate=sampling_rate, noise_multiplier=remembered, steps=steps)
-        if epsilon([schedule], delta) <= target:
-            return remembered
+    if remembered is not None and _is_smallest(remembered, target, delta, sampling_rate, steps):
+        return remembered
     sigma = _search(target, delta, sampling_rate, steps)
     _remember(sigma, target, delta, sampling_rate, steps)
     return sigma
 
 
+def _schedule(sigma: float, sampling_rate: float, steps: int) -> list[Charge]:
+    return [Charge(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)]
+
+
+def _is_smallest(sigma: float, target: float, delta: float, sampling_rate: float, steps: int) -> bool:
+    """Return whether a number meets the target and the next smaller one does not: a file is not believed."""
+    if epsilon(_schedule(sigma, sampling_rate, steps), delta) > target:
+        return False
+    below = _round_up(sigma - 1.5 * 10.0 ** -_places(sigma))
+    return sigma == _SMALLEST or epsilon(_schedule(below, sampling_rate, steps), delta) > target
+
+
 def _search(target: float, delta: float, sampling_rate: float, steps: int) -> float:
-    """Return the smallest noise multiplier that costs at most the target, rounded up to ``_DIGITS`` digits.
+    """Return the smallest number of ``_DIGITS`` digits that costs at most the target, by bisection.
 
     Renyi accounting is cheap and never below the privacy loss distribution, so its answer bounds ours from above;
-    ours is then found within a few per cent below it.
+    ours is then found some per cent below it.
     """
-
-    def charge(sigma: float) -> list[Charge]:
-        return [Charge(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)]
-
     low, high = _SMALLEST, _LARGEST
-    if epsilon_rdp(charge(high), delta) > target:
+    least = epsilon_rdp(_schedule(high, sampling_rate, steps), delta)
+    if least > target:
         raise ConfigError(
-            f"no noise multiplier up to {_LARGEST:g} reaches epsilon {target:g} with sampling rate "
-            f"{sampling_rate:g} over {steps} steps",
-            advice="plan fewer rounds or a lower sampling rate",
+            f"no noise multiplier up to {_LARGEST:g} reaches epsilon {target:g} at delta {delta:g}: sampling rate "
+            f"{sampling_rate:g} over {steps} steps costs {least:.3g} even then",
+            advice="plan fewer rounds or a lower sampling rate, or allow more",
         )
     while high > 1.02 * low:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if epsilon_rdp(charge(middle), delta) <= target else (middle, high)
-    low = max(_SMALLEST, 0.9 * high)
-    while low > _SMALLEST and epsilon(charge(low), delta) <= target:
-        low, high = max(_SMALLEST, 0.9 * low), low
-    while _round_up(low) < _round_up(high) and high - low > 0.1 ** (_DIGITS + 1) * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if epsilon(charge(middle), delta) <= target else (middle, high)
-    return _round_up(high)
+        enough = epsilon_rdp(_schedule(middle, sampling_rate, steps), delta) <= target
+        low, high = (low, middle) if enough else (middle, high)
+    low, high = max(_SMALLEST, 0.9 * high), _round_up(high)
+    while epsilon(_schedule(low, sampling_rate, steps), delta) <= target:
+        if low == _SMALLEST:
+            return low
+        low, high = max(_SMALLEST, 0.9 * low), _round_up(low)
+    # Above low's own decimal, below high: as long as a decimal lies between the two, it is asked.
+    while low < (middle := _round_up((low + high) / 2)) < high:
+        enough = epsilon(_schedule(middle, sampling_rate, steps), delta) <= target
+        low, high = (low, middle) if enough else (middle, high)
+    below = _round_up(high - 1.5 * 10.0 ** -_places(high))
+    while below > low and epsilon(_schedule(below, sampling_rate, steps), delta) <= target:
+        high, below = below, _round_up(below - 1.5 * 10.0 ** -_places(below))
+    return high
+
+
+def _places(sigma: float) -> int:
+    """Return the decimal places that give ``_DIGITS`` significant digits."""
+    return _DIGITS - 1 - math.floor(math.log10(sigma))
 
 
 def _round_up(sigma: float) -> float:
-    """Return the next decimal of four significant digits, so that the number in an offer is short."""
-    places = _DIGITS - 1 - math.floor(math.log10(sigma))
-    return math.ceil(sigma * 10**places - 1e-9) / 10**places
+    """Return the least number of ``_DIGITS`` significant digits that is not below."""
+    places = _places(sigma)
+    rounded = round(sigma, places)
+    return rounded if rounded >= sigma else round(rounded + 10.0**-places, places)
 
 
 def _path(target: float, delta: float, sampling_rate: float, steps: int) -> Path:
@@ -84,8 +117,9 @@ def _path(target: float, delta: float, sampling_rate: float, steps: int) -> Path
 
 def _recall(target: float, delta: float, sampling_rate: float, steps: int) -> float | None:
     try:
-        found = json.loads(_path(target, delta, sampling_rate, steps).read_bytes()[:1000])
-    except (OSError, ValueError, RuntimeError):
+        with _path(target, delta, sampling_rate, steps).open("rb") as file:
+            found = json.loads(file.read(_MAX_ENTRY))
+    except (OSError, ValueError, RuntimeError):  # not there, not JSON, no home folder
         return None
     return found if isinstance(found, float) and _SMALLEST <= found <= _LARGEST else None
 
