@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedfuse_shared.config.base import Modality, Trust
 from fedfuse_shared.config.federation import TrainingConfig
-from fedfuse_shared.config.model import ModelConfig
+from fedfuse_shared.config.model import EncoderConfig, ModelConfig
 from fedfuse_shared.crypto.keys import identity_public
 from fedfuse_shared.envelope import seal
 from fedfuse_shared.ledger.records import FIRST_LINK, Receipt
@@ -83,7 +83,9 @@ class Federation:
             "roster_hash": self.roster.hash(),
             "plan_hash": "1" * 64,
             "model_hash": "2" * 64,
-            "model": ModelConfig(classes=("a", "b"), encoders={}),
+            "model": ModelConfig(
+                classes=("a", "b"), encoders={Modality.TEXT: EncoderConfig(name="hashed-words")}
+            ),
             "training": TrainingConfig(),
             "layout": LAYOUT,
             "participants": tuple(participants),

@@ -161,7 +161,9 @@ def verify_subtree_consistency(
     _check_hashes(proof)
     if start == end and 0 <= end <= size:
         if proof or subtree_root != EMPTY_ROOT:
-            raise VerificationError("nothing needs to be proved of no leaves, whose root is the hash of nothing")
+            raise VerificationError(
+                "nothing needs to be proved of no leaves, whose root is the hash of nothing"
+            )
         return
     _check_subtree(start, end)
     if end > size:

@@ -71,7 +71,9 @@ def fits(charges: Iterable[Charge], delta: float, cap: float) -> bool:
     if not merged:
         return True
     *others, last = merged
-    known = _strides.setdefault((tuple(others), last.sampling_rate, last.noise_multiplier, delta, cap), [0, None])
+    known = _strides.setdefault(
+        (tuple(others), last.sampling_rate, last.noise_multiplier, delta, cap), [0, None]
+    )
     fit, unfit = known
     assert fit is not None
     if last.steps <= fit:

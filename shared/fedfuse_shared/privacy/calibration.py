@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from fedfuse_shared.privacy.accountant import epsilon, epsilon_rdp
 _SMALLEST: Final = 0.2
 _LARGEST: Final = 5000.0
 _DIGITS: Final = 5
+_CHORDS: Final = 8
 _MAX_ENTRY: Final = 100
 """Largest cache entry that is read (bytes): it is one number."""
 
@@ -60,8 +62,7 @@ def _is_smallest(sigma: float, target: float, delta: float, sampling_rate: float
     """Return whether a number meets the target and the next smaller one does not: a file is not believed."""
     if epsilon(_schedule(sigma, sampling_rate, steps), delta) > target:
         return False
-    below = _round_up(sigma - 1.5 * 10.0 ** -_places(sigma))
-    return sigma == _SMALLEST or epsilon(_schedule(below, sampling_rate, steps), delta) > target
+    return sigma == _SMALLEST or epsilon(_schedule(_step(sigma, -1), sampling_rate, steps), delta) > target
 
 
 def _search(target: float, delta: float, sampling_rate: float, steps: int) -> float:
@@ -82,24 +83,45 @@ def _search(target: float, delta: float, sampling_rate: float, steps: int) -> fl
         middle = math.sqrt(low * high)
         enough = epsilon_rdp(_schedule(middle, sampling_rate, steps), delta) <= target
         low, high = (low, middle) if enough else (middle, high)
-    low, high = max(_SMALLEST, 0.9 * high), _round_up(high)
-    while epsilon(_schedule(low, sampling_rate, steps), delta) <= target:
+    return _narrow(lambda sigma: epsilon(_schedule(sigma, sampling_rate, steps), delta) / target, high)
+
+
+def _narrow(ratio: Callable[[float], float], enough: float) -> float:
+    """Return the least decimal whose ratio of epsilon to its target is at most 1.
+
+    Epsilon falls about as a power of the noise. So the first guesses follow the chord in logarithms, which needs few
+    of the evaluations that cost a second each; bisection ends what they leave.
+    """
+    low, high = max(_SMALLEST, 0.9 * enough), _round_up(enough)
+    at_low, at_high = ratio(low), ratio(high)
+    while at_low <= 1:
         if low == _SMALLEST:
             return low
-        low, high = max(_SMALLEST, 0.9 * low), _round_up(low)
-    # Above low's own decimal, below high: as long as a decimal lies between the two, it is asked.
-    while low < (middle := _round_up((low + high) / 2)) < high:
-        enough = epsilon(_schedule(middle, sampling_rate, steps), delta) <= target
-        low, high = (low, middle) if enough else (middle, high)
-    below = _round_up(high - 1.5 * 10.0 ** -_places(high))
-    while below > low and epsilon(_schedule(below, sampling_rate, steps), delta) <= target:
-        high, below = below, _round_up(below - 1.5 * 10.0 ** -_places(below))
+        low, high, at_high = max(_SMALLEST, 0.9 * low), _round_up(low), at_low
+        at_low = ratio(low)
+    for asked in range(100):
+        first, last = _step(low, 1), _step(high, -1)
+        if first > last:
+            break
+        share = math.log(at_low) / (math.log(at_low) - math.log(at_high)) if asked < _CHORDS else 0.5
+        guess = min(max(_round_up(low * (high / low) ** share), first), last)
+        found = ratio(guess)
+        if found <= 1:
+            high, at_high = guess, found
+        else:
+            low, at_low = guess, found
     return high
 
 
 def _places(sigma: float) -> int:
     """Return the decimal places that give ``_DIGITS`` significant digits."""
     return _DIGITS - 1 - math.floor(math.log10(sigma))
+
+
+def _step(sigma: float, direction: int) -> float:
+    """Return the nearest number of ``_DIGITS`` significant digits strictly above or below."""
+    grid = 10.0 ** -_places(sigma)
+    return _round_up(sigma + 0.5 * grid) if direction > 0 else _round_up(sigma - 1.5 * grid)
 
 
 def _round_up(sigma: float) -> float:

@@ -1,7 +1,8 @@
 """What privacy is spent on, as the accountant composes it.
 
-The one mechanism is the Poisson-sampled Gaussian (Abadi et al. 2016), described by ``ledger.records.Charge``: sampling
-rate q, noise multiplier sigma, steps. That is necessary and sufficient for accounting under add/remove adjacency.
+The one mechanism is the Poisson-sampled Gaussian (Abadi et al. 2016), described by ``ledger.records.Charge``:
+sampling rate q, noise multiplier sigma, steps. That is necessary and sufficient for accounting under add/remove
+adjacency.
 """
 
 from __future__ import annotations
