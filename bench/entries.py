@@ -23,7 +23,10 @@ class Entry:
     goal: float
     lower_is_better: bool
     unit: str = "x"
-    pair: Callable[[], tuple[Callable[[], object], Callable[[], object]]] = lambda: (lambda: None, lambda: None)
+    pair: Callable[[], tuple[Callable[[], object], Callable[[], object]]] = lambda: (
+        lambda: None,
+        lambda: None,
+    )
     exact: Callable[[], float] | None = None
 
     def ratio(self, ours: float, theirs: float) -> float:

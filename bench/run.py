@@ -32,16 +32,17 @@ MARK = "<!-- results -->"
 def machine() -> str:
     """Return what the figures were taken on."""
     model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        f"model: {platform.processor()}",
     )
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()}"
+    return f"{model.split(':', 1)[1].strip()}, {os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()}"
 
 
 def commit() -> str:
     """Return the commit measured, marked where the tree differs from it."""
-    name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)  # noqa: S607
-    dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=HERE)  # noqa: S607
+    git = ["git", "-C", str(HERE)]
+    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False)
     return name.stdout.strip() + ("+" if dirty.returncode else "")
 
 
@@ -58,7 +59,8 @@ def measure(entry: Entry) -> dict[str, object]:
         runs: list[float] = [entry.exact()]
     else:
         ours, theirs = entry.pair()
-        ours(), theirs()  # noqa: B018 - a warm-up each
+        for work in (ours, theirs):
+            work()  # a warm-up each
         runs = [entry.ratio(timed(ours), timed(theirs)) for _ in range(REPEATS)]
     value = statistics.median(runs)
     return {
@@ -104,7 +106,9 @@ def main() -> None:
         if not wanted or entry.name in wanted:
             result = measure(entry)
             (HERE / "results" / f"{entry.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-            print(f"{entry.name}: {result['value']} {entry.unit} (goal {entry.goal}): {entry.what}", flush=True)
+            print(
+                f"{entry.name}: {result['value']} {entry.unit} (goal {entry.goal}): {entry.what}", flush=True
+            )
     write_table()
 
 

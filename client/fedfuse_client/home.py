@@ -70,7 +70,9 @@ class SiteHome:
             raw = self.roster.read_bytes()[: limits.MAX_MESSAGE + 1]
         except OSError as problem:
             raise StateError(f"roster cannot be read ({problem.strerror})", who=str(self.roster)) from problem
-        roster = check_roster(decode(raw.rstrip(b"\n"), Roster, who=str(self.roster)), pinned=policy.roster_hash)
+        roster = check_roster(
+            decode(raw.rstrip(b"\n"), Roster, who=str(self.roster)), pinned=policy.roster_hash
+        )
         key = load_key(self.key)
         if roster.sites.get(policy.site) != key.public_key().public_bytes_raw().hex():
             raise ConfigError(

@@ -6,21 +6,22 @@
 3. The clipped gradients are summed in float64, get Gaussian noise of deviation ``noise_share * C`` from the CSPRNG on a
    common grid, and are divided by the public ``expected_batch_size``: never by the number drawn, and nothing else
    depends on how many records the site has.
-4. Microbatches have one fixed shape, filled up with rows that weigh nothing, so a record's gradient does not depend on
+4. Microbatches have one fixed shape, filled up with rows that do not count, so a record's gradient does not depend on
    how many others were drawn.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch.nn import functional
 
+from fedfuse_client.gradients import PerRecord, RecordGradients
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.models.weights import flatten
 from fedfuse_shared.privacy.noise import CLIP_MARGIN, NoiseSource
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
-    from fedfuse_client.data.tensors import Batch, RecordTensors
+    from fedfuse_client.data.tensors import RecordTensors
     from fedfuse_shared.config.federation import TrainingConfig
     from fedfuse_shared.models.classifier import MultimodalClassifier
     from fedfuse_shared.offer import RoundPrivacy
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' optimiser with float64 sums, noise from the CSPRNG on a grid, and a public divisor.
 
-    Formal guarantee: between two calls of :meth:`release`, adding or removing one record's row changes the sum that
-    noise is added to by at most ``clip`` in L2 norm, rounding included (see :data:`CLIP_MARGIN`).
+    Formal guarantee: between two calls of :meth:`step`, adding or removing one record changes the sum that noise is
+    added to by at most ``clip`` in L2 norm, rounding included (see :data:`CLIP_MARGIN`).
 
     Raises:
         ConfigError: a parameter is not float32.
@@ -58,21 +60,22 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                 raise ConfigError(f"private training needs float32 weights, not {parameter.dtype}")
             parameter.summed_grad = torch.zeros_like(parameter, dtype=torch.float64)
 
-    def clip_and_accumulate(self) -> None:
-        """Add the clipped gradients of the rows just seen to the sum and forget the rows."""
-        rows = [sample.flatten(1) for sample in self.grad_samples]
-        norms = torch.stack([row.norm(dim=1) for row in rows]).to(torch.float64).norm(dim=0)
-        # A NaN or infinite norm fails the comparison: that record contributes nothing.
-        finite = norms < torch.inf
+    def clip_and_accumulate(self, gradients: Sequence[PerRecord], counted: Tensor) -> None:
+        """Add the clipped gradients of a batch's records to the sum.
+
+        Args:
+            gradients: For each parameter, those of every record.
+            counted: Which records count, ``(batch,)`` bool; those with a gradient that is not finite never do.
+        """
+        norms = torch.stack([each.squared_norms() for each in gradients]).sum(dim=0).sqrt()
         bound = self.max_grad_norm * (1 - CLIP_MARGIN)
-        factors = torch.where(finite, bound / norms.clamp(min=bound), 0.0)
-        for parameter, row in zip(self.params, rows, strict=True):
-            clean = row if bool(finite.all()) else torch.where(finite[:, None], row, 0.0)
-            parameter.summed_grad += (factors @ clean.to(torch.float64)).view_as(parameter)
-            parameter.grad_sample = None
+        # A NaN or infinite norm fails the comparison.
+        weights = torch.where((norms < torch.inf) & counted, bound / norms.clamp(min=bound), 0.0)
+        for parameter, each in zip(self.params, gradients, strict=True):
+            parameter.summed_grad += each.weighted_sum(weights)
 
     def add_noise(self) -> None:
-        """Put the noised sum into ``grad`` and start the next sum at zero."""
+        """Put the noised sum over the public divisor into ``grad`` and start the next sum at zero."""
         for parameter in self.params:
             total = parameter.summed_grad
             noised = self._noise.private_sum(
@@ -81,8 +84,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.grad = torch.from_numpy(noised / self.expected_batch_size).to(torch.float32)
             total.zero_()
 
-    def release(self) -> None:
-        """Take one step along the noised sum of everything accumulated since the last, nothing included."""
+    def step(self) -> None:
+        """Step along the noised sum of everything accumulated since the last step, be it nothing."""
         self.add_noise()
         self.original_optimizer.step()
 
@@ -103,9 +106,9 @@ def train_round(
     """
     before = flatten(model)
     trained = copy.deepcopy(model).train()
-    wrapped = GradSampleModule(trained, loss_reduction="sum")
+    wrapped = RecordGradients(trained)
     optimizer = PrivateOptimizer(
-        torch.optim.SGD(trained.parameters(), lr=training.learning_rate),
+        torch.optim.SGD(trained.parameters(), lr=step_size(training, privacy)),
         clip=privacy.clip,
         multiplier=privacy.noise_share,
         batch=privacy.expected_batch_size,
@@ -114,23 +117,24 @@ def train_round(
     for _ in range(privacy.steps):
         drawn = np.flatnonzero(noise.poisson_mask(len(data), privacy.sampling_rate)).tolist()
         accumulate(wrapped, optimizer, data, data.usable(drawn), microbatch)
-        optimizer.release()
+        optimizer.step()
     return flatten(trained) - before
 
 
+def step_size(training: TrainingConfig, privacy: RoundPrivacy) -> float:
+    """Return the step size of a round: a function of public constants alone."""
+    return training.learning_rate * min(1.0, training.steady_noise / privacy.noise_share)
+
+
 def accumulate(
-    wrapped: GradSampleModule, optimizer: PrivateOptimizer, data: RecordTensors, drawn: Sequence[int], microbatch: int
+    wrapped: RecordGradients, optimizer: PrivateOptimizer, data: RecordTensors, drawn: Sequence[int], microbatch: int
 ) -> None:
     """Add the clipped gradients of the records drawn, in microbatches of one shape."""
     for start in range(0, len(drawn), microbatch):
         rows = drawn[start : start + microbatch]
         batch = data.batch([*rows, *([rows[0]] * (microbatch - len(rows)))])
-        weights = (torch.arange(microbatch) < len(rows)).to(torch.float32)
-        (losses(wrapped, batch) * weights).sum().backward()
-        optimizer.clip_and_accumulate()
-
-
-def losses(model: Any, batch: Batch) -> torch.Tensor:
-    """Return each record's cross-entropy ``(batch,)``."""
-    logits = model(batch["text"], batch["image"], batch["audio"], batch["present"])
-    return functional.cross_entropy(logits, batch["label"], reduction="none")
+        logits = wrapped(batch["text"], batch["image"], batch["audio"], batch["present"])
+        with warnings.catch_warnings():  # features need no gradient, and torch remarks on it at every backward pass
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            functional.cross_entropy(logits, batch["label"], reduction="sum").backward()
+        optimizer.clip_and_accumulate(wrapped.take(), torch.arange(microbatch) < len(rows))

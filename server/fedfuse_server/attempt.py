@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -103,7 +103,7 @@ class Attempt:
         context = offer.context()
         names = {self.nodes[site]: site for site in parcels}
         asked = {
-            node: Parcel(context, parcels[site].body, parcels[site].leaves, self.books.head(site)[0], parcels[site].vector)
+            node: replace(parcels[site], context=context, known=self.books.head(site)[0])
             for node, site in names.items()
         }
         present = []

@@ -101,9 +101,7 @@ class Coordinator:
 
     def _settle(self) -> None:
         """Collect leaves that were written but whose reply was lost, so that no charge is missing in the log."""
-        asked = {
-            node: Parcel(known=self._books.head(site)[0]) for site, node in self._nodes.items()
-        }
+        asked = {node: Parcel(known=self._books.head(site)[0]) for site, node in self._nodes.items()}
         names = {node: site for site, node in self._nodes.items()}
         for node, answer in self._exchange.ask(Step.SETTLE, asked, "settle").items():
             try:
@@ -192,4 +190,3 @@ class Coordinator:
 
     def _model_hash(self) -> str:
         return model_hash(self._state.model.weights, self._plan.layout)
-

@@ -25,8 +25,8 @@ from safetensors.numpy import save as save_tensors
 from fedfuse_server.optimiser import GlobalModel, Vector
 from fedfuse_shared import limits
 from fedfuse_shared.config.federation import RunConfig
-from fedfuse_shared.config.model import ModelConfig
 from fedfuse_shared.config.files import load_toml
+from fedfuse_shared.config.model import ModelConfig
 from fedfuse_shared.envelope import Envelope, decode
 from fedfuse_shared.errors import StateError
 from fedfuse_shared.files import write_durably
@@ -151,7 +151,9 @@ class ServerState:
             tensors = load_tensors(raw)
             card = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
             model = GlobalModel(tensors["weights"].astype(np.float32))
-            model.published, model.first, model.second = (tensors[k] for k in ("published", "first", "second"))
+            model.published, model.first, model.second = (
+                tensors[k] for k in ("published", "first", "second")
+            )
             model.steps = int(card["steps"])
             return cls(run=card["run"], round=int(card["round"]), model=model)
         except (OSError, SafetensorError, KeyError, ValueError) as problem:

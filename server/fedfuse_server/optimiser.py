@@ -47,7 +47,7 @@ class GlobalModel:
         if config.optimizer is ServerOptimizer.FEDADAM:
             self.first = (beta * self.first + (1 - beta) * update).astype(np.float32)
             self.second = (_BETA_2 * self.second + (1 - _BETA_2) * update**2).astype(np.float32)
-            step = self.first / (np.sqrt(self.second) + _TAU)
+            step = (self.first / (np.sqrt(self.second) + _TAU)).astype(np.float32)
         else:
             self.first = (beta * self.first + update).astype(np.float32)
             step = self.first

@@ -29,7 +29,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     if config.privacy.trust is not Trust.SITE:
         raise ConfigError(
-            'trust = "aggregate" is not built yet', advice='use trust = "site", which protects against everybody'
+            'trust = "aggregate" is not built yet',
+            advice='use trust = "site", which protects against everybody',
         )
     if config.privacy.noise_multiplier is not None:
         return config
@@ -103,7 +104,9 @@ class Plan:
     def _privacy(self) -> RoundPrivacy:
         privacy = self.config.privacy
         if privacy.noise_multiplier is None:
-            raise ConfigError("the noise multiplier is not set", advice="resolve the settings before planning")
+            raise ConfigError(
+                "the noise multiplier is not set", advice="resolve the settings before planning"
+            )
         return RoundPrivacy(
             trust=privacy.trust,
             sampling_rate=privacy.sampling_rate,

@@ -94,7 +94,9 @@ def _version(wanted: bool) -> None:  # noqa: FBT001 - typer's callback signature
 @app.callback()
 def root(
     *,
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
     """Federated learning on text, image and audio that keeps its privacy promises when attacked.
 

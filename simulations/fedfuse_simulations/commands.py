@@ -12,7 +12,9 @@ def simulate(
     data: Annotated[
         Path | None, typer.Option(help="A data folder; every value of its site column becomes a site.")
     ] = None,
-    scenario: Annotated[str, typer.Option(help="An embedded data set, used where --data is left out.")] = "digits",
+    scenario: Annotated[
+        str, typer.Option(help="An embedded data set, used where --data is left out.")
+    ] = "digits",
     out: Annotated[
         Path | None, typer.Option(help="A new folder for the run; left out: runs/NAME-DATE-TIME.")
     ] = None,
@@ -43,7 +45,7 @@ def simulate(
     Without options it runs the embedded scenario `digits`: six sites in six languages, handwritten digits, a spoken
     number (synthetic speech) and a sentence that holds it.
 
-    Examples:
+    For example:
 
       fedfuse simulate
       fedfuse simulate --data ../shared/data/digits --epsilon 8 --json
@@ -66,7 +68,8 @@ def simulate(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     data: Annotated[
-        Path | None, typer.Option(help="A data folder with test rows; left out: the one the run was made with.")
+        Path | None,
+        typer.Option(help="A data folder with test rows; left out: the one the run was made with."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:

@@ -31,7 +31,9 @@ class Examiner:
     def __init__(self, config: ModelConfig, dataset: Dataset) -> None:
         if tuple(dataset.info.classes) != tuple(config.classes):
             raise DataError(
-                "has other classes than the model", who=str(dataset.folder), advice="use data of the same task"
+                "has other classes than the model",
+                who=str(dataset.folder),
+                advice="use data of the same task",
             )
         rows = dataset.select(split="test")
         if not rows:

@@ -56,7 +56,9 @@ def provision(
     )
     noise = config.privacy.noise_multiplier
     if noise is None:
-        raise ConfigError("the noise multiplier is not set", advice="resolve the settings before provisioning")
+        raise ConfigError(
+            "the noise multiplier is not set", advice="resolve the settings before provisioning"
+        )
     home.server_key.parent.mkdir(parents=True, mode=0o700)
     server = create_key(home.server_key)
     operator = create_key(home.server_key.parent / "operator.key")

@@ -103,7 +103,9 @@ def prepare(home: RunHome, config: RunConfig, data: Path) -> tuple[RunConfig, Da
         DataError: the data cannot be used.
     """
     if home.config.exists() or home.ledger.exists():
-        raise ConfigError("holds a run already", who=str(home.root), advice="choose another folder with --out")
+        raise ConfigError(
+            "holds a run already", who=str(home.root), advice="choose another folder with --out"
+        )
     dataset = load_dataset(data)
     for name in dataset.sites():
         if not dataset.select(site=name, split="train"):

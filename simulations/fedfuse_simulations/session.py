@@ -9,16 +9,27 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import typer
 from pydantic_core import to_json
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from fedfuse_client.data.info import read_info
 from fedfuse_client.data.manifest import DatasetInfo, load_dataset
+from fedfuse_server.audit.sources import Sources
 from fedfuse_server.events import Event, RoundAbandoned, RoundOpened, RunStopped, SiteLeftOut
 from fedfuse_server.home import RunHome
 from fedfuse_shared.errors import ConfigError
+from fedfuse_shared.ledger.verification import verify_ledger
+from fedfuse_shared.ledger.verification_report import Report
 from fedfuse_simulations.examiner import Examiner
 from fedfuse_simulations.run import Metrics, Simulation, Watcher, prepare, run_inline
 from fedfuse_simulations.scenarios import SCENARIOS
@@ -50,7 +61,9 @@ def run_session(options: Options) -> None:
         FedfuseError: a setting or the data is wrong, or no round was opened.
     """
     if options.engine != "inline":
-        raise ConfigError(f"there is no engine {options.engine!r}", advice="--engine inline is the one there is so far")
+        raise ConfigError(
+            f"there is no engine {options.engine!r}", advice="--engine inline is the one there is so far"
+        )
     console = Console(stderr=True)
     name = options.data.name if options.data else options.scenario
     root = options.out or Path("runs") / f"{name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
@@ -70,11 +83,13 @@ def run_session(options: Options) -> None:
     with _progress(console, config.rounds) as show:
         watch = Watcher(examiner, max(1, config.rounds // SCORINGS), show)
         metrics = run_inline(home, config, folders, dropout=options.dropout, watch=watch)
-    sites = []
+    report = audit(home)
     if options.json:
-        print(to_json(_summary(home, metrics, sites, time.monotonic() - started)).decode())  # noqa: T201
+        print(to_json(_summary(home, metrics, report, time.monotonic() - started)).decode())  # noqa: T201
     else:
-        _print_outcome(Console(), home, metrics, sites)
+        _print_outcome(Console(), home, metrics, report)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 def run_evaluation(run: Path, data: Path | None, *, json: bool) -> None:
@@ -127,14 +142,18 @@ def _progress(console: Console, rounds: int) -> Iterator[Callable[[Event, Scores
                 accuracy = f"accuracy {scores.all_rows.accuracy:.3f}"
             match event:
                 case RoundOpened():
-                    bar.update(task, completed=event.round, note=f"{len(event.survivors)} survivors  {accuracy}")
+                    bar.update(
+                        task, completed=event.round, note=f"{len(event.survivors)} survivors  {accuracy}"
+                    )
                 case SiteLeftOut():
                     bar.console.print(
-                        f"round {event.round}: {event.site} left out of {event.step}: {event.reason}", style="yellow"
+                        f"round {event.round}: {event.site} left out of {event.step}: {event.reason}",
+                        style="yellow",
                     )
                 case RoundAbandoned():
                     bar.console.print(
-                        f"round {event.round}, attempt {event.attempt}: aborted: {event.reason}", style="yellow"
+                        f"round {event.round}, attempt {event.attempt}: aborted: {event.reason}",
+                        style="yellow",
                     )
                 case RunStopped():
                     bar.console.print(f"stopped after round {event.round}: {event.reason}", style="bold red")
@@ -144,7 +163,7 @@ def _progress(console: Console, rounds: int) -> Iterator[Callable[[Event, Scores
         yield show
 
 
-def _summary(home: RunHome, metrics: Metrics, sites: list, seconds: float) -> dict[str, object]:
+def _summary(home: RunHome, metrics: Metrics, report: Report, seconds: float) -> dict[str, object]:
     final = metrics.final
     complete = final.complete_rows
     return {
@@ -156,8 +175,9 @@ def _summary(home: RunHome, metrics: Metrics, sites: list, seconds: float) -> di
         "f1_macro": final.all_rows.f1_macro,
         "subsets": {name: score.accuracy for name, score in final.subsets.items()},
         "subsets_balanced": {name: score.balanced_accuracy for name, score in final.subsets.items()},
-        "epsilon": {site.site: site.epsilon for site in sites},
-        "delta": 0,
+        "epsilon": {site.site: site.epsilon for site in report.sites},
+        "delta": next(site.delta for site in report.sites),
+        "audit": report.ok,
         "ledger": str(home.ledger),
         "seconds": round(seconds, 3),
     }
@@ -179,10 +199,37 @@ def _score_table(scores: Scores) -> Table:
     return table
 
 
-def _print_outcome(console: Console, home: RunHome, metrics: Metrics, report: list) -> None:
+def _budget_table(report: Report) -> Table:
+    table = Table(title="Privacy spent, per record of each site", title_justify="left")
+    table.add_column("site")
+    for heading in ("epsilon", "cap", "delta", "charged rounds"):
+        table.add_column(heading, justify="right")
+    for site in report.sites:
+        figures = (site.epsilon, site.cap, site.delta)
+        table.add_row(site.site, *("-" if f is None else f"{f:.4g}" for f in figures), str(site.reservations))
+    table.caption = "adjacency: add or remove one record; against everybody (trust = site)"
+    table.caption_justify = "left"
+    return table
+
+
+def audit(home: RunHome) -> Report:
+    """Return what an audit of a run's ledger says.
+
+    Raises:
+        FedfuseError: the ledger, roster or checkpoint cannot be read.
+    """
+    sources = Sources.beside(home.ledger, None, None)
+    roster = sources.load_roster(None)
+    return verify_ledger(sources.lines(), roster, sources.load_head(roster))
+
+
+def _print_outcome(console: Console, home: RunHome, metrics: Metrics, report: Report) -> None:
     console.print(_score_table(metrics.final))
     if metrics.stopped:
         console.print(f"[bold red]The run ended early:[/] {metrics.stopped}")
+    console.print(_budget_table(report))
+    verdict = "the ledger holds" if report.ok else f"{len(report.findings)} findings"
+    console.print(f"Audit: {verdict}, {report.leaves} leaves, root {report.root[:16]}…")
     console.print(f"{len(metrics.rounds)} rounds in {metrics.seconds:.0f} s.")
     for label, path in (
         ("run", home.root),

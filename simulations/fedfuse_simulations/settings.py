@@ -10,7 +10,6 @@ from fedfuse_shared.config.base import Modality
 from fedfuse_shared.config.federation import RunConfig
 from fedfuse_shared.config.files import check, read_toml
 
-
 ENCODERS = {
     Modality.TEXT: "hashed-words",
     Modality.IMAGE: "oriented-gradients",
@@ -19,9 +18,7 @@ ENCODERS = {
 """Encoders where the settings name none: fixed front ends under linear heads, which train well under noise."""
 
 
-def settings(
-    file: Path | None, changes: Mapping[str, object], info: DatasetInfo
-) -> RunConfig:
+def settings(file: Path | None, changes: Mapping[str, object], info: DatasetInfo) -> RunConfig:
     """Return checked settings for a data set.
 
     Args:

@@ -12,7 +12,10 @@ from fedfuse_shared.secagg.quantise import average, vector_length
 
 def reference_sum(inputs: dict[str, np.ndarray]) -> list[int]:
     """The sum in plain integers modulo 2^32, coordinate by coordinate."""
-    return [sum(int(words[i]) for words in inputs.values()) % 2**32 for i in range(len(next(iter(inputs.values()))))]
+    return [
+        sum(int(words[i]) for words in inputs.values()) % 2**32
+        for i in range(len(next(iter(inputs.values()))))
+    ]
 
 
 @st.composite

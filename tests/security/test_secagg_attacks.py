@@ -472,7 +472,9 @@ def test_a_site_agrees_once():
     sequence.sites[A].agree(shown)
     sequence.restart(A)
     with pytest.raises(ProtocolError):
-        sequence.sites[A].agree(survivors(sequence, {n: h for n, h in sequence.server.vectors.items() if n != E}))
+        sequence.sites[A].agree(
+            survivors(sequence, {n: h for n, h in sequence.server.vectors.items() if n != E})
+        )
 
 
 # --- unmasking ----------------------------------------------------------------------------------------------
@@ -530,7 +532,16 @@ def test_shares_of_the_wrong_kind_are_refused_by_the_server():
 # --- bounds -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("n", "t", "c", "m"),
-    [(5, 2, 1, 5), (5, 3, 1, 5), (6, 4, 2, 6), (4, 4, 1, 3), (4, 4, 1, 5), (3, 3, 2, 3), (2, 2, 0, 2), (101, 90, 2, 95)],
+    [
+        (5, 2, 1, 5),
+        (5, 3, 1, 5),
+        (6, 4, 2, 6),
+        (4, 4, 1, 3),
+        (4, 4, 1, 5),
+        (3, 3, 2, 3),
+        (2, 2, 0, 2),
+        (101, 90, 2, 95),
+    ],
 )
 def test_a_lowered_threshold_or_unsafe_bounds(n, t, c, m):
     with pytest.raises(ConfigError):
@@ -545,7 +556,9 @@ def test_the_usual_choice_is_safe_for_every_number_of_sites(n):
 
 
 # --- bytes --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("mutate", [lambda raw: raw[:-1], lambda raw: raw + b" ", lambda _: b"", lambda _: b"[" * 10_000])
+@pytest.mark.parametrize(
+    "mutate", [lambda raw: raw[:-1], lambda raw: raw + b" ", lambda _: b"", lambda _: b"[" * 10_000]
+)
 def test_truncated_padded_and_garbage_messages_change_nothing(mutate):
     sequence = fresh()
     everyone = list(FEDERATION.names)

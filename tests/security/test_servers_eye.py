@@ -94,7 +94,10 @@ def stripped(sequence, words):
     federation, context = sequence.federation, sequence.offer.context()
     left = {}
     run_round(sequence, words)
-    masked = {n: np.frombuffer(raw, np.uint32).copy() for n, raw in zip(federation.names, vectors(sequence), strict=True)}
+    masked = {
+        n: np.frombuffer(raw, np.uint32).copy()
+        for n, raw in zip(federation.names, vectors(sequence), strict=True)
+    }
     for name in HONEST:
         residue = masked[name]
         # The round was opened, so the self seed is public; each colluder gives its own private mask key.

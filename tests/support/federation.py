@@ -157,9 +157,7 @@ class Round:
         return masked
 
     def receipt(self, name: str, vector_hash: str):
-        body = Receipt(
-            seq=2, prev=FIRST_LINK, context=self.offer.context(), steps=1, vector_hash=vector_hash
-        )
+        body = Receipt(seq=2, prev=FIRST_LINK, context=self.offer.context(), steps=1, vector_hash=vector_hash)
         return seal(body, name, self.federation.keys[name])
 
     def agree(self, names: list[str]) -> bytes:

@@ -11,12 +11,14 @@ import pytest
 from fedfuse_shared.errors import VerificationError
 from fedfuse_shared.ledger import merkle
 
-VECTORS = Path(
-    os.environ.get("FEDFUSE_VECTORS") or Path(__file__).resolve().parents[3] / "shared" / "vectors"
-) / "merkle"
+VECTORS = (
+    Path(os.environ.get("FEDFUSE_VECTORS") or Path(__file__).resolve().parents[3] / "shared" / "vectors")
+    / "merkle"
+)
 
 needs_vectors = pytest.mark.skipif(
-    not VECTORS.is_dir(), reason=f"no Merkle vectors at {VECTORS}; set FEDFUSE_VECTORS to the folder above merkle/"
+    not VECTORS.is_dir(),
+    reason=f"no Merkle vectors at {VECTORS}; set FEDFUSE_VECTORS to the folder above merkle/",
 )
 
 
@@ -28,7 +30,9 @@ def _verify(family: str, v: dict) -> None:
     proof = [_bytes(text) for text in v["proof"] or []]
     match family:
         case "inclusion":
-            merkle.verify_inclusion(_bytes(v["leafHash"]), v["leafIdx"], v["treeSize"], proof, _bytes(v["root"]))
+            merkle.verify_inclusion(
+                _bytes(v["leafHash"]), v["leafIdx"], v["treeSize"], proof, _bytes(v["root"])
+            )
         case "consistency":
             merkle.verify_consistency(v["size1"], v["size2"], proof, _bytes(v["root1"]), _bytes(v["root2"]))
         case "subtreeinclusion":

@@ -15,7 +15,9 @@ TEXT, IMAGE = Modality.TEXT, Modality.IMAGE
 
 
 def total_of(*pairs):
-    words = [quantise(np.full(OFFER.dimension(), value, np.float32), declared, OFFER) for value, declared in pairs]
+    words = [
+        quantise(np.full(OFFER.dimension(), value, np.float32), declared, OFFER) for value, declared in pairs
+    ]
     return np.add.reduce(words, dtype=np.uint32)
 
 

@@ -5,7 +5,6 @@ Headers are checked before anything is unpacked. Whatever is wrong with a file e
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import TYPE_CHECKING, Final
 
@@ -31,7 +30,7 @@ _WINDOW: Final = 0.032  # seconds a spectrum is taken over
 _HOP: Final = 0.01  # seconds between spectra
 _LOWEST: Final = 60.0  # Hz: below it, hum
 _TRIM: Final = 1e-4  # share of the loudest frame's energy (-40 dB) that counts as sound
-_FLOOR: Final = 1e-5  # share of the loudest mel cell (-50 dB) below which all is silence
+_FLOOR: Final = 1e-6  # share of the loudest mel cell (-60 dB) below which all is silence
 
 
 def decode_text(text: str) -> str:
@@ -84,8 +83,8 @@ def _fit(pixels: Tensor, size: int) -> Tensor:
 def decode_audio(path: Path, wanted: AudioInput) -> Tensor:
     """Return a recording's log-mel spectrogram ``(mels, frames)``, silence at its ends cut, in nepers of power.
 
-    Time is stretched or squeezed to the wanted frames. The loudest cell is 0 and nothing is below -11.5 (-50 dB), so
-    the level of the recording does not matter; a silent one is all -11.5.
+    Time is stretched or squeezed to the wanted frames. The loudest cell is 0 and nothing is below -13.8 (-60 dB), so
+    the level of the recording does not matter; a silent one is all -13.8.
 
     Raises:
         DataError: unreadable, not audio, empty, not finite, or longer than ``limits.MAX_AUDIO_SECONDS``.

@@ -55,7 +55,7 @@ class RecordTensors(Dataset[Batch]):
             self._features[m] = torch.zeros(count, *encoder.shape, dtype=encoder.dtype)
         self._present = torch.zeros(count, len(MODALITIES), dtype=torch.bool)
         self._labels = torch.tensor([record.label for record in self._records], dtype=torch.int64)
-        self._done = torch.zeros(count, dtype=torch.bool)
+        self._done = bytearray(count)
         self._broken: dict[int, DataError] = {}
 
     def __len__(self) -> int:
@@ -121,7 +121,7 @@ class RecordTensors(Dataset[Batch]):
             if values is not None:
                 self._features[m][index] = values
                 self._present[index, MODALITIES.index(m)] = True
-        self._done[index] = True
+        self._done[index] = 1
 
     def _decode(self, record: Record, modality: Modality) -> Tensor | None:
         front = self._fronts[modality].front

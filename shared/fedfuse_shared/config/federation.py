@@ -25,8 +25,10 @@ class ServerOptimizer(StrEnum):
 class TrainingConfig(Frozen):
     """How a site trains between receiving the model and sending its update."""
 
-    learning_rate: Positive = 0.5
-    """Step size of local DP-SGD."""
+    learning_rate: Positive = 4.0
+    """Step size of local DP-SGD while a site's noise multiplier is at most ``steady_noise``."""
+    steady_noise: Positive = 2.0
+    """Noise multiplier beyond which the step shrinks in proportion, so that noise moves the weights no further."""
 
 
 class AggregationConfig(Frozen):
@@ -34,9 +36,9 @@ class AggregationConfig(Frozen):
 
     optimizer: ServerOptimizer = ServerOptimizer.FEDAVG
     learning_rate: Positive = 1.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Server momentum for FedAvg, beta_1 for FedAdam."""
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.8
     """Decay of the exponential moving average of the weights that is evaluated and published; 0: none."""
 
 
@@ -67,7 +69,7 @@ class RunConfig(Frozen):
     """Everything a run is started with."""
 
     federation: Label = "fedfuse"
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = 60
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 40
     sites_per_round: Annotated[int, Field(ge=limits.MIN_SITES, le=limits.MAX_SITES)] | None = None
     """Sites drawn for each round; left out, all of them."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -65,7 +65,9 @@ def check(values: Mapping[str, object], config_type: type[C], *, who: str) -> C:
         place = tuple(part for part in first["loc"] if part != "[key]")
         name = ".".join(map(str, place))
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f"unknown setting {name}", who=who, advice=_nearest(config_type, place)) from problem
+            raise ConfigError(
+                f"unknown setting {name}", who=who, advice=_nearest(config_type, place)
+            ) from problem
         shown = f" (it is {first['input']!r})" if isinstance(first["input"], str | int | float) else ""
         raise ConfigError(f"{name}: {first['msg']}{shown}", who=who, advice="correct it") from problem
 
@@ -83,7 +85,9 @@ def _nearest(config_type: type[BaseModel], place: tuple[int | str, ...]) -> str:
     known: type[BaseModel] = config_type
     for part in place[:-1]:
         field = known.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
             return "remove it"
         known = field.annotation
     close = difflib.get_close_matches(str(place[-1]), known.model_fields, n=1)

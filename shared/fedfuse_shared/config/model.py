@@ -23,14 +23,14 @@ class EncoderConfig(Frozen):
     name: Label
     width: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """Features the encoder gives; left out, the encoder's own choice."""
-    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """Norm of the modality's features next to the others': its share of each clipped gradient."""
+    weight: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Norm of the modality's features, which sets its share of each clipped gradient; left out, the encoder's own."""
 
 
 class ImageInput(Frozen):
     """What every image is brought to before an encoder sees it."""
 
-    size: Annotated[int, Field(ge=8, le=1024)] = 32
+    size: Annotated[int, Field(ge=8, le=1024)] = 28
     """Height and width (pixels)."""
 
 

@@ -20,7 +20,7 @@ class PrivacyConfig(Frozen):
     epsilon: Positive = 8.0
     """Epsilon for the planned rounds, per record, add/remove adjacency."""
     delta: Delta = 1e-5
-    sampling_rate: SamplingRate = 0.25
+    sampling_rate: SamplingRate = 0.5
     """Poisson probability q with which each record enters a step."""
     expected_batch_size: Annotated[int, Field(ge=1, le=2**24)] = 128
     """Public divisor of the summed gradients; never the number of records drawn."""

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Final
 
 from fedfuse_shared.config.base import Trust
 from fedfuse_shared.ledger.records import Charge, Policy, Reservation
 from fedfuse_shared.ledger.verification_report import Code, Findings, SiteReport
 from fedfuse_shared.privacy.accountant import epsilon, epsilon_rdp
+from fedfuse_shared.privacy.mechanisms import Steps, charges_of, merge, steps_by_mechanism
 
 ROUNDING: Final = 1e-6
 """Relative difference two machines' floating point may make of one epsilon."""
-
-Steps = Counter[tuple[float, float]]
-"""Steps by sampling rate and noise multiplier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +46,30 @@ class Budget:
     alone: Steps = field(default_factory=Counter)
     """The charges as they count if everybody else colludes: the site's own share of the noise."""
     elsewhere: Steps = field(default_factory=Counter)
-    _interned: dict[object, object] = field(default_factory=dict)
 
     def reserve(self, leaf: int, body: Reservation, policy: Policy | None, findings: Findings) -> None:
         """Charge a reservation."""
-        elsewhere = _steps(body.elsewhere)
+        elsewhere = steps_by_mechanism(body.elsewhere)
         if any(elsewhere[mechanism] < steps for mechanism, steps in self.elsewhere.items()):
-            detail = f"reports less spent outside this ledger on data set {self.dataset[:8]}… than it did before"
+            detail = (
+                f"reports less spent outside this ledger on data set {self.dataset[:8]}… than it did before"
+            )
             findings.add(Code.ELSEWHERE_SHRANK, leaf, self.site, detail)
         self.elsewhere |= elsewhere  # of each mechanism the most that was ever reported
         if body.trust is Trust.AGGREGATE:
             known = body.colluders if self.colluders is None else self.colluders
             self.trust, self.colluders = Trust.AGGREGATE, min(known, body.colluders)
         self.alone[body.charge.sampling_rate, body.noise_share] += body.charge.steps
+        before = self.spendings[-1] if self.spendings else None
+        spent_elsewhere = charges_of(self.elsewhere)
+        # Rounds are alike: equal values share one object, so that a million leaves fit in memory.
         self.spendings.append(
             _Spending(
                 leaf=leaf,
-                charge=self._same(body.charge),
-                elsewhere=self._same(_charges(self.elsewhere)),
+                charge=before.charge if before and before.charge == body.charge else body.charge,
+                elsewhere=before.elsewhere
+                if before and before.elsewhere == spent_elsewhere
+                else spent_elsewhere,
                 cap=policy.epsilon_cap if policy else None,
                 delta=policy.delta if policy else body.delta,
             )
@@ -79,7 +82,9 @@ class Budget:
         all; only where it is over the cap the first one that was is searched, by bisection.
         """
         start = 0
-        for (cap, delta), stretch in groupby(self.spendings, key=lambda spending: (spending.cap, spending.delta)):
+        for (cap, delta), stretch in groupby(
+            self.spendings, key=lambda spending: (spending.cap, spending.delta)
+        ):
             end = start + len(list(stretch))
             spent = epsilon(self._prefix(end), delta)
             if cap is not None and _over(spent, cap):
@@ -108,7 +113,7 @@ class Budget:
             colluders=self.colluders,
             epsilon=_finite(epsilon(charges, delta)),
             epsilon_rdp=_finite(epsilon_rdp(charges, delta)),
-            epsilon_all_collude=_finite(epsilon([*_charges(self.alone), *last.elsewhere], delta)),
+            epsilon_all_collude=_finite(epsilon([*charges_of(self.alone), *last.elsewhere], delta)),
             delta=delta,
             cap=policy.epsilon_cap if policy else None,
             adjacency="add-or-remove-one-record",
@@ -120,10 +125,8 @@ class Budget:
 
     def _prefix(self, count: int) -> tuple[Charge, ...]:
         """Return all charges of the first reservations, and what was spent elsewhere by then."""
-        spent = _steps(spending.charge for spending in self.spendings[:count])
-        return _charges(spent + _steps(self.spendings[count - 1].elsewhere))
-
-    def _same[V](self, value: V) -> V: ...
+        here = (spending.charge for spending in islice(self.spendings, count))
+        return merge(chain(here, self.spendings[count - 1].elsewhere))
 
 
 def idle(site: str, policy: Policy | None) -> SiteReport:
@@ -144,3 +147,15 @@ def idle(site: str, policy: Policy | None) -> SiteReport:
         unmatched=0,
         mechanisms=0,
     )
+
+
+def _over(spent: float, cap: float) -> bool:
+    return spent > cap * (1 + ROUNDING)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""What an audit answers: findings, each site's budget, and whether the ledger holds; the JSON of ``fedfuse audit``."""
+"""What an audit answers: findings, each site's budget, whether the ledger holds; the JSON of ``fedfuse audit``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class Code(StrEnum):
     LEFT_OUT = "left-out"
 
 
-_LOG: Final = "ask the server for its ledger again and compare with another site's copy; keep both if they differ"
+_LOG: Final = (
+    "ask the server for its ledger again and compare with another site's copy; keep both if they differ"
+)
 _SERVER: Final = "stop taking part until the coordinator explains it: the server signed it"
 _SITE: Final = "stop the site, and look for a second copy of it or a restored disk"
 _FORGED: Final = "do not trust the server's log: it holds what the author did not sign"
@@ -86,7 +88,7 @@ ADVICE: Final[dict[Code, str]] = {
     Code.DUPLICATE_RESERVATION: _SITE,
     Code.NO_RESERVATION: "ask the site's operator: it trained without charging for it first",
     Code.STEPS: "ask the site's operator: it trained longer than it charged for",
-    Code.DUPLICATE_RECEIPT: "treat the site's update of that attempt as exposed: two vectors under one mask differ by it",
+    Code.DUPLICATE_RECEIPT: "count the site's update of that attempt as exposed, and look for a second copy of it",
     Code.DUPLICATE_CLOSE: _SERVER,
     Code.CLOSE_MALFORMED: _SERVER,
     Code.SURVIVORS: "count this round as open to the server: it summed over fewer or other sites than agreed",

@@ -5,28 +5,29 @@ The registry is closed: a name in an offer selects code that is installed at the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from fedfuse_shared.config.base import Modality
-from fedfuse_shared.config.model import EncoderConfig, ModelConfig
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.models import features
 
-Front = Callable[[Any], Tensor]
-"""From one decoded record's text, image or log-mel to the tensor the trained part sees."""
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fedfuse_shared.config.model import EncoderConfig, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
     """One modality's encoder: a fixed front end, and a module ``(batch, *shape) -> (batch, width)``."""
 
-    front: Front
+    front: Callable[[Any], Tensor]
+    """From one decoded text (str), image or log-mel to the tensor ``(*shape)`` the body sees."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     body: nn.Module
@@ -36,21 +37,21 @@ class Encoder:
 class Features(nn.Module):
     """Passes fixed features on, scaled: nothing is trained before the head."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, weight: float) -> None:
         super().__init__()
-        self.scale = scale
+        self.weight = weight
 
     def forward(self, values: Tensor) -> Tensor:
         """``(batch, width) -> (batch, width)``."""
-        return values * self.scale
+        return values * self.weight
 
 
 class Convolutions(nn.Module):
-    """Three strided convolutions with GroupNorm, averaged over the plane and projected to the width."""
+    """Two strided convolutions with GroupNorm, pooled to 4x4 and projected; for planes of pixels or mels by frames."""
 
-    def __init__(self, channels: int, width: int, scale: float) -> None:
+    def __init__(self, channels: int, width: int, weight: float) -> None:
         super().__init__()
-        self.scale = scale
+        self.weight = weight / width**0.5  # of tanh units, so that the norm is at most the weight
         self.layers = nn.Sequential(
             nn.Conv2d(channels, 16, 5, stride=2, padding=2),
             nn.GroupNorm(4, 16),
@@ -66,16 +67,17 @@ class Convolutions(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """``(batch, channels, height, width) -> (batch, width)``."""
-        return self.layers(values) * self.scale  # type: ignore[no-any-return]
+        encoded: Tensor = self.layers(values) * self.weight
+        return encoded
 
 
 class ByteConvolutions(nn.Module):
     """Byte embedding, two convolutions with GroupNorm, and the mean over time."""
 
-    def __init__(self, width: int, scale: float) -> None:
+    def __init__(self, width: int, weight: float) -> None:
         super().__init__()
-        self.scale = scale
-        self.embedding = nn.Embedding(257, 16, padding_idx=0)
+        self.weight = weight / width**0.5
+        self.embedding = nn.Embedding(257, 16)
         self.layers = nn.Sequential(
             nn.Conv1d(16, 32, 5, stride=2, padding=2),
             nn.GroupNorm(8, 32),
@@ -86,13 +88,15 @@ class ByteConvolutions(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """``(batch, length)`` int64 ``-> (batch, width)``."""
-        return self.layers(self.embedding(values).transpose(1, 2)).mean(dim=2) * self.scale  # type: ignore[no-any-return]
+        encoded: Tensor = self.layers(self.embedding(values).transpose(1, 2)).mean(dim=2) * self.weight
+        return encoded
 
 
 def _hashed_words(config: ModelConfig, encoder: EncoderConfig) -> Encoder:
-    width = encoder.width or 1024
+    width = encoder.width or 2048
     front = partial(features.hashed_words, limit=config.text.words, buckets=width)
-    return Encoder(front, (width,), torch.float32, Features(encoder.weight), width)
+    # Half of what images and recordings get: words are many and rare, and most of their gradient drowns in noise.
+    return Encoder(front, (width,), torch.float32, Features(encoder.weight or 1.0), width)
 
 
 def _oriented_gradients(config: ModelConfig, encoder: EncoderConfig) -> Encoder:
@@ -103,41 +107,36 @@ def _spectral_shape(config: ModelConfig, encoder: EncoderConfig) -> Encoder:
     return _fixed(features.spectral_shape, torch.zeros(config.audio.mels, config.audio.frames), encoder)
 
 
-def _fixed(front: Front, blank: Tensor, encoder: EncoderConfig) -> Encoder:
+def _fixed(front: Callable[[Tensor], Tensor], blank: Tensor, encoder: EncoderConfig) -> Encoder:
     width = front(blank).numel()
     if encoder.width not in {None, width}:
         raise ConfigError(
             f"encoder {encoder.name} gives {width} features, not {encoder.width}", advice="leave width out"
         )
-    return Encoder(front, (width,), torch.float32, Features(encoder.weight), width)
+    return Encoder(front, (width,), torch.float32, Features(encoder.weight or 2.0), width)
 
 
 def _text_conv(config: ModelConfig, encoder: EncoderConfig) -> Encoder:
-    width, length = encoder.width or 64, 4 * config.text.words
+    width, length = encoder.width or 64, _BYTES_PER_WORD * config.text.words
     front = partial(features.byte_ids, length=length)
-    return Encoder(front, (length,), torch.int64, ByteConvolutions(width, encoder.weight), width)
+    return Encoder(front, (length,), torch.int64, ByteConvolutions(width, encoder.weight or 1.0), width)
 
 
 def _image_conv(config: ModelConfig, encoder: EncoderConfig) -> Encoder:
-    width, size = encoder.width or 64, config.image.size
+    width, shape = encoder.width or 64, (3, config.image.size, config.image.size)
     return Encoder(
-        _centred, (3, size, size), torch.float32, Convolutions(3, width, encoder.weight), width
+        features.centred, shape, torch.float32, Convolutions(3, width, encoder.weight or 2.0), width
     )
 
 
 def _audio_conv(config: ModelConfig, encoder: EncoderConfig) -> Encoder:
     width, shape = encoder.width or 64, (1, config.audio.mels, config.audio.frames)
-    return Encoder(_standardised, shape, torch.float32, Convolutions(1, width, encoder.weight), width)
+    return Encoder(
+        features.standardised, shape, torch.float32, Convolutions(1, width, encoder.weight or 2.0), width
+    )
 
 
-def _centred(image: Tensor) -> Tensor:
-    return image - image.mean()
-
-
-def _standardised(mel: Tensor) -> Tensor:
-    return ((mel - mel.mean()) / (mel.std() + 1e-3))[None]
-
-
+_BYTES_PER_WORD: Final = 4
 REGISTRY: Final[dict[Modality, dict[str, Callable[[ModelConfig, EncoderConfig], Encoder]]]] = {
     Modality.TEXT: {"hashed-words": _hashed_words, "text-conv": _text_conv},
     Modality.IMAGE: {"oriented-gradients": _oriented_gradients, "image-conv": _image_conv},
@@ -149,7 +148,7 @@ def build_encoder(config: ModelConfig, modality: Modality) -> Encoder:
     """Return the encoder a model's settings name for one of its modalities.
 
     Raises:
-        ConfigError: no encoder of that name for the modality.
+        ConfigError: no encoder of that name for the modality, or a width it cannot have.
     """
     encoder = config.encoders[modality]
     known = REGISTRY[modality]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _EPSILON: Final = 1e-6
+_FAINT: Final = 0.02  # gradient strength below which a cell is not brought up to full contrast
 _WORD: Final = re.compile(r"\w+")
 
 
@@ -26,16 +27,16 @@ def unit(values: Tensor) -> Tensor:
     return flat / (flat.norm() + _EPSILON)
 
 
-def oriented_gradients(image: Tensor, *, cells: int = 7, orientations: int = 8) -> Tensor:
+def oriented_gradients(image: Tensor, *, cell: int = 4, orientations: int = 8) -> Tensor:
     """Return pooled, locally normalised gradient energy by direction, then coarse colour (Dalal & Triggs 2005).
 
     Args:
         image: ``(3, size, size)`` in [0, 1].
-        cells: Cells along each side.
+        cell: Distance between pooling windows, which are twice as wide (pixels).
         orientations: Directions of the gradient over the half circle.
 
     Returns:
-        ``(cells * cells * (orientations + 2),)`` of L2 norm 1: opponent colours are zero for grey images.
+        ``((orientations + 2) * cells**2,)`` of L2 norm 1; the two opponent colours are zero for grey images.
     """
     grey = image.mean(dim=0, keepdim=True)[None]
     padded = functional.pad(grey, (1, 1, 1, 1), mode="replicate")[0, 0]
@@ -44,21 +45,21 @@ def oriented_gradients(image: Tensor, *, cells: int = 7, orientations: int = 8) 
     strength = torch.hypot(across, down)
     angle = torch.atan2(down, across) % math.pi / math.pi * orientations
     low = angle.floor()
-    share = angle - low
-    first = low.long() % orientations
+    share = angle - low  # a direction between two bins counts in both, by nearness
+    bins = torch.stack((low.long() % orientations, (low.long() + 1) % orientations))
     planes = torch.zeros(orientations, *strength.shape)
-    planes.scatter_(0, first[None], (strength * (1 - share))[None])
-    planes.scatter_add_(0, ((first + 1) % orientations)[None], (strength * share)[None])
-    pooled = functional.adaptive_avg_pool2d(planes, cells)
-    around = functional.avg_pool2d(pooled.square().sum(dim=0)[None, None], 3, 1, 1, count_include_pad=False)
-    pooled = pooled / (around[0, 0].sqrt() + 0.02)
-    colour = torch.stack((image[0] - image[1], (image[0] + image[1]) / 2 - image[2]))
-    colour = functional.adaptive_avg_pool2d(colour, cells)
-    return unit(torch.cat((pooled, colour)))
+    planes.scatter_(0, bins, torch.stack((strength * (1 - share), strength * share)))
+    pooled = functional.avg_pool2d(planes, 2 * cell, cell, cell // 2)
+    energy = pooled.square().sum(dim=0)
+    nearby = functional.avg_pool2d(energy[None, None], 3, 1, 1, count_include_pad=False)[0, 0]
+    shape = unit(pooled / (nearby.sqrt() + _FAINT))
+    opponents = torch.stack((image[0] - image[1], (image[0] + image[1]) / 2 - image[2]))
+    colour = functional.avg_pool2d(opponents, cell, cell)
+    return unit(torch.cat((shape, colour.flatten())))
 
 
-def spectral_shape(mel: Tensor, *, coefficients: int = 20, frames: int = 24) -> Tensor:
-    """Return the course of a recording's cepstrum with its level and its mean spectrum taken out.
+def spectral_shape(mel: Tensor, *, coefficients: int = 16, frames: int = 16) -> Tensor:
+    """Return the course of a recording's cepstrum, its level left out and fine structure raised (liftered).
 
     Args:
         mel: Log-mel spectrogram ``(mels, frames)``.
@@ -69,10 +70,9 @@ def spectral_shape(mel: Tensor, *, coefficients: int = 20, frames: int = 24) -> 
         ``(coefficients * frames,)`` of L2 norm 1.
     """
     mels = mel.shape[0]
-    rows = torch.arange(1, coefficients + 1, dtype=torch.float32)[:, None]
-    basis = torch.cos(math.pi / mels * (torch.arange(mels) + 0.5) * rows)
-    course = functional.adaptive_avg_pool1d((basis @ mel)[None], frames)[0]
-    return unit(course - course.mean(dim=1, keepdim=True))
+    order = torch.arange(1, coefficients + 1, dtype=torch.float32)[:, None]
+    basis = torch.cos(math.pi / mels * (torch.arange(mels) + 0.5) * order) * order.sqrt()
+    return unit(functional.adaptive_avg_pool1d((basis @ mel)[None], frames)[0])
 
 
 def words_of(text: str, limit: int) -> list[str]:
@@ -95,3 +95,13 @@ def byte_ids(text: str, length: int) -> Tensor:
     ids = torch.zeros(length, dtype=torch.int64)
     ids[: len(raw)] = torch.tensor(list(raw), dtype=torch.int64) + 1
     return ids
+
+
+def centred(image: Tensor) -> Tensor:
+    """Return an image less its own mean, shape unchanged."""
+    return image - image.mean()
+
+
+def standardised(mel: Tensor) -> Tensor:
+    """Return a log-mel spectrogram at mean 0 and deviation 1 as one plane, ``(1, mels, frames)``."""
+    return ((mel - mel.mean()) / (mel.std() + 1e-3))[None]

@@ -100,7 +100,9 @@ class InlineGrid(Grid):
         """Return the replies that were not lost, once each."""
         return [self._replies.pop(name) for name in list(message_ids) if name in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Deliver messages and return the replies that were not lost."""
         del timeout  # a call returns when it is done
         return self.pull_messages(self.push_messages(messages))
@@ -109,7 +111,7 @@ class InlineGrid(Grid):
         node = message.metadata.dst_node_id
         try:
             reply = self._app(message, self._contexts[node])
-        except Exception as problem:  # noqa: BLE001 - as at a SuperNode: any failure of the app is an error reply
+        except Exception as problem:  # as at a SuperNode: any failure of the app is an error reply
             log.warning("node %s failed: %s", node, problem, exc_info=True)
             return Message(Error(_UNKNOWN_ERROR, type(problem).__name__), reply_to=message)
         if self._loses(node, message.metadata.message_type):

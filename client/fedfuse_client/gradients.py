@@ -1,0 +1,100 @@
+"""Per-record gradients by Opacus, kept in factors where a layer allows it.
+
+The gradient of one record with respect to the matrix of a linear layer is the outer product of two vectors. Its norm
+is the product of their norms, and a weighted sum over records is one matrix product, so the products themselves are
+never formed (Goodfellow 2015, "Efficient per-example gradient computations"). Every other layer goes by Opacus' hooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from opacus import GradSampleModule
+from torch import Tensor, nn
+
+
+class PerRecord(Protocol):
+    """The gradients of a batch of records with respect to one parameter."""
+
+    def squared_norms(self) -> Tensor:
+        """Return each record's squared L2 norm, ``(batch,)`` float64; not finite where the gradient is not."""
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Return the sum of all gradients times ``weights`` ``(batch,)``, in float64; weight 0 silences even NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Gradients as they are, ``(batch, *parameter)``."""
+
+    rows: Tensor
+
+    def squared_norms(self) -> Tensor:
+        """Return each record's squared L2 norm, ``(batch,)``."""
+        return self.rows.flatten(1).to(torch.float64).square().sum(dim=1)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Return the weighted sum, of the parameter's shape."""
+        rows = _silenced(self.rows.flatten(1), weights)
+        return (weights @ rows).view(self.rows.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Factored:
+    """Gradients as outer products of ``left`` ``(batch, outputs)`` and ``right`` ``(batch, inputs)``."""
+
+    left: Tensor
+    right: Tensor
+
+    def squared_norms(self) -> Tensor:
+        """Return each record's squared L2 norm, ``(batch,)``."""
+        left, right = self.left.to(torch.float64), self.right.to(torch.float64)
+        return left.square().sum(dim=1) * right.square().sum(dim=1)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Return the weighted sum, ``(outputs, inputs)``."""
+        left, right = _silenced(self.left, weights), _silenced(self.right, weights)
+        return (left * weights[:, None]).T @ right
+
+
+def _silenced(rows: Tensor, weights: Tensor) -> Tensor:
+    return torch.where(weights[:, None] > 0, rows, 0.0).to(torch.float64)
+
+
+class RecordGradients(GradSampleModule):  # type: ignore[misc]
+    """Opacus' wrapper for losses summed over records, with linear layers kept in factors.
+
+    After ``backward``, :meth:`take` gives the gradients of the records of the last forward pass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, loss_reduction="sum")
+
+    def capture_backprops_hook(
+        self, module: nn.Module, forward_input: Any, forward_output: Any, *, loss_reduction: str, batch_first: bool
+    ) -> None:
+        """Keep the factors of a linear layer used once on one vector a record; leave the rest to Opacus."""
+        plain = type(module) is nn.Linear and module.weight._forward_counter == 1  # noqa: SLF001 - Opacus' own count
+        if not plain or forward_output[0].dim() != 2 or not self.hooks_enabled:
+            super().capture_backprops_hook(
+                module, forward_input, forward_output, loss_reduction=loss_reduction, batch_first=batch_first
+            )
+            return
+        (right,) = module.activations.pop()
+        left = forward_output[0].detach()
+        module.weight.grad_sample = Factored(left, right)
+        if module.bias is not None:
+            module.bias.grad_sample = left
+        for parameter in module.parameters(recurse=False):
+            parameter._forward_counter -= 1  # noqa: SLF001
+
+    def take(self) -> list[PerRecord]:
+        """Return the gradients with respect to each parameter, in order, and forget them."""
+        taken: list[PerRecord] = []
+        for parameter in self.parameters():
+            found = parameter.grad_sample
+            taken.append(found if isinstance(found, Factored) else Dense(found))
+            parameter.grad_sample = None
+        return taken

@@ -1,0 +1,168 @@
+"""The auditor's checks, in one pass over a ledger, trusting nobody but the operator who signed the roster.
+
+1. Every leaf is canonical, of a known kind, by an enrolled author who may write that kind, and signed by it; the tree
+   over all leaves has the size and root that the server signed.
+2. Each site's chain is whole (``verification_chain``).
+3. Each attempt is consistent from offer to close (``verification_rounds``).
+4. Each site's epsilon stays under its cap at every prefix (``verification_budget``).
+
+It cannot show that noise and sampling were really drawn, that data sets of two sites do not overlap, or that the
+model is the sum: those leave no trace in a ledger. Nor that there is no second ledger: every verdict holds "up to
+this head". There is no I/O here and no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, cast
+
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import OPERATOR, SERVER
+from fedfuse_shared.envelope import Envelope, decode, verify
+from fedfuse_shared.errors import ProtocolError, VerificationError
+from fedfuse_shared.ledger.checkpoint import Head
+from fedfuse_shared.ledger.log import kind_of
+from fedfuse_shared.ledger.merkle import Tree
+from fedfuse_shared.ledger.records import LEAF_TYPES, Close, Policy, Receipt, Refusal, Reservation, SiteLeaf
+from fedfuse_shared.ledger.verification_budget import Budget, idle
+from fedfuse_shared.ledger.verification_chain import Chain
+from fedfuse_shared.ledger.verification_report import Code, Findings, Report
+from fedfuse_shared.ledger.verification_rounds import Rounds
+from fedfuse_shared.offer import Offer
+from fedfuse_shared.roster import Roster
+
+_AUTHORS: Final = {Roster.kind: OPERATOR, Offer.kind: SERVER, Close.kind: SERVER}
+"""Who writes what; every other kind is a site's."""
+
+
+def verify_ledger(lines: Iterable[bytes], roster: Roster, head: Head) -> Report:
+    """Return everything a ledger shows up to a signed head.
+
+    Memory grows by about a kilobyte an attempt; a line is let go of once it is checked.
+
+    Args:
+        lines: The ledger's lines in order, without their newlines.
+        roster: The roster, its signature and pin already checked.
+        head: What the server signed, its signature already checked.
+    """
+    auditor = _Auditor(roster)
+    tree = Tree()
+    root_at_head = tree.root() if head.size == 0 else None
+    for index, raw in enumerate(lines):
+        tree.append(raw)
+        if tree.size == head.size:
+            root_at_head = tree.root()
+        auditor.read(index, raw)
+    auditor.compare(tree, head, root_at_head)
+    return auditor.report(tree)
+
+
+class _Auditor:
+    """The state of one pass."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+        self._findings = Findings()
+        self._rounds = Rounds(roster, self._findings)
+        self._chains = {site: Chain(site) for site in roster.sites}
+        self._budgets: dict[tuple[str, str], Budget] = {}
+
+    def read(self, index: int, raw: bytes) -> None:
+        """Check one leaf; what does not hold by itself has no further effect."""
+        envelope = self._open(index, raw)
+        if (index == 0) != (envelope is not None and envelope.kind == Roster.kind):
+            self._findings.add(Code.ENROLMENT, index, None, "exactly the first leaf has to be the enrolment")
+        if envelope is None:
+            return
+        body = envelope.body
+        if isinstance(body, SiteLeaf):
+            self._site_leaf(index, cast("Envelope[SiteLeaf]", envelope))
+        elif isinstance(body, Offer):
+            self._rounds.offer(index, body)
+        elif isinstance(body, Close):
+            for site, dataset in self._rounds.close(index, body):
+                self._budgets[site, dataset].rounds += 1
+        elif isinstance(body, Roster) and body != self._roster:
+            detail = (
+                f"enrols under roster {body.hash()[:16]}…, the audit was given {self._roster.hash()[:16]}…"
+            )
+            self._findings.add(Code.ENROLMENT, index, None, detail)
+
+    def _open(self, index: int, raw: bytes) -> Envelope[Any] | None:
+        """Return a leaf whose form, author and signature hold."""
+        try:
+            kind = kind_of(raw)
+            envelope: Envelope[Any] = decode(
+                raw, LEAF_TYPES[kind], who=f"leaf {index}", limit=limits.MAX_LEDGER_LINE
+            )
+        except ProtocolError as problem:
+            self._findings.add(Code.MALFORMED, index, None, problem.message)
+            return None
+        except KeyError:
+            self._findings.add(Code.MALFORMED, index, None, "is of a kind that this version does not know")
+            return None
+        author = envelope.author
+        site = author if author in self._roster.sites else None
+        if site is None and author not in {SERVER, OPERATOR}:
+            self._findings.add(Code.UNKNOWN_AUTHOR, index, author, "is not in the roster")
+            return None
+        if author != _AUTHORS.get(kind, site):
+            detail = f"{kind} leaf by {author}, who may not write one"
+            self._findings.add(Code.WRONG_AUTHOR, index, site, detail)
+            return None
+        try:
+            verify(envelope, self._roster.key_of(author))
+        except VerificationError:
+            self._findings.add(Code.BAD_SIGNATURE, index, site, f"signature of a {kind} leaf does not hold")
+            return None
+        return envelope
+
+    def _site_leaf(self, index: int, envelope: Envelope[SiteLeaf]) -> None:
+        site, body = envelope.author, envelope.body
+        chain = self._chains[site]
+        chain.follow(index, envelope, self._findings)
+        if isinstance(body, Reservation):
+            self._rounds.reservation(index, site, body, chain.policy)
+            budget = self._budgets.setdefault((site, body.dataset), Budget(site, body.dataset, body.trust))
+            budget.reserve(index, body, chain.policy, self._findings)
+        elif isinstance(body, Receipt):
+            dataset = self._rounds.receipt(index, site, body)
+            if dataset is not None:
+                self._budgets[site, dataset].matched += 1
+        elif isinstance(body, Refusal):
+            self._rounds.refusal(index, site, body)
+        elif isinstance(body, Policy) and body.roster_hash != self._roster.hash():
+            detail = f"publishes a policy that pins another roster, {body.roster_hash[:16]}…"
+            self._findings.add(Code.OUTSIDE_POLICY, index, site, detail)
+
+    def compare(self, tree: Tree, head: Head, root_at_head: bytes | None) -> None:
+        """Compare the whole ledger with what the server signed."""
+        if tree.size == 0:
+            self._findings.add(Code.ENROLMENT, None, None, "the ledger is empty")
+        if root_at_head is None:
+            detail = f"the ledger has {tree.size} leaves, the server signed {head.size}"
+            self._findings.add(Code.CUT_OFF, None, None, detail)
+        elif root_at_head != head.root:
+            detail = (
+                f"root over the first {head.size} leaves is {root_at_head.hex()[:16]}…, the server signed "
+            )
+            self._findings.add(Code.ROOT_MISMATCH, None, None, detail + f"{head.root.hex()[:16]}…")
+        if tree.size > head.size:
+            detail = f"{tree.size - head.size} leaves come after the {head.size} that the server signed"
+            self._findings.add(Code.BEYOND_CHECKPOINT, head.size, None, detail)
+
+    def report(self, tree: Tree) -> Report:
+        """Return the verdict."""
+        for budget in self._budgets.values():
+            budget.check(self._findings)
+        spent = {site for site, _ in self._budgets}
+        sites = [budget.report(self._chains[site].policy) for (site, _), budget in self._budgets.items()]
+        sites += [idle(site, chain.policy) for site, chain in self._chains.items() if site not in spent]
+        findings = self._findings.all()
+        return Report(
+            ok=not findings,
+            leaves=tree.size,
+            root=tree.root().hex(),
+            sites=tuple(sorted(sites, key=lambda row: (row.site, row.dataset or ""))),
+            findings=findings,
+        )

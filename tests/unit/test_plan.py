@@ -1,0 +1,66 @@
+"""From settings to offers."""
+
+import pytest
+from support.federation import Federation
+
+from fedfuse_server.plan import Plan, plan_hash, resolve
+from fedfuse_shared.config.base import Modality, Trust
+from fedfuse_shared.config.federation import PerformanceConfig, RunConfig, SecureAggregationConfig
+from fedfuse_shared.config.model import EncoderConfig, ModelConfig
+from fedfuse_shared.config.privacy import PrivacyConfig
+from fedfuse_shared.errors import ConfigError
+from fedfuse_shared.ledger.records import Charge
+from fedfuse_shared.offer import Segment
+from fedfuse_shared.privacy.accountant import epsilon
+
+MODEL = ModelConfig(classes=("a", "b"), encoders={Modality.TEXT: EncoderConfig(name="hashed-words")})
+
+
+def config(**changes):
+    return RunConfig(**{"model": MODEL, "rounds": 20, **changes})
+
+
+def test_the_noise_fits_the_planned_rounds_and_not_one_per_cent_less_would():
+    settled = resolve(config(privacy=PrivacyConfig(epsilon=2.0, steps_per_round=2)))
+    sigma = settled.privacy.noise_multiplier
+
+    def cost(noise):
+        return epsilon([Charge(sampling_rate=0.25, noise_multiplier=noise, steps=40)], 1e-5)
+
+    assert cost(sigma) <= 2.0 < cost(0.99 * sigma)
+
+
+def test_a_given_noise_multiplier_is_kept():
+    assert resolve(config(privacy=PrivacyConfig(noise_multiplier=3.0))).privacy.noise_multiplier == 3.0
+
+
+def test_shared_noise_is_refused_until_it_is_built():
+    with pytest.raises(ConfigError, match="not built"):
+        resolve(config(privacy=PrivacyConfig(trust=Trust.AGGREGATE)))
+
+
+def test_performance_settings_do_not_change_the_plan_and_all_others_do():
+    base = plan_hash(config())
+    assert plan_hash(config(performance=PerformanceConfig(threads=7))) == base
+    assert plan_hash(config(seed=1)) != base
+    assert plan_hash(config(privacy=PrivacyConfig(clip=2.0))) != base
+
+
+def test_an_offer_is_within_bounds_and_its_sum_cannot_wrap():
+    federation = Federation.of(7)
+    settled = config(privacy=PrivacyConfig(noise_multiplier=3.0))
+    plan = Plan("run", settled, federation.roster, (Segment(name="head", size=10),))
+    offer = plan.offer(number=1, attempt=1, model_hash="0" * 64, participants=federation.names)
+    assert 2 * offer.threshold > 7 + offer.colluders
+    assert 7 * offer.clip_range * offer.scale < 2**31
+    assert offer.privacy.noise_share == offer.privacy.noise_multiplier == 3.0
+    assert offer.privacy.noise_sites == 1
+
+
+def test_bounds_that_do_not_fit_are_told_with_the_numbers():
+    federation = Federation.of(5)
+    secure = SecureAggregationConfig(threshold=3, colluders=1)
+    settled = config(privacy=PrivacyConfig(noise_multiplier=3.0), secure_aggregation=secure)
+    plan = Plan("run", settled, federation.roster, (Segment(name="head", size=10),))
+    with pytest.raises(ConfigError, match="threshold 3 is too low for 5 participants and 1 colluders"):
+        plan.offer(number=1, attempt=1, model_hash="0" * 64, participants=federation.names)
