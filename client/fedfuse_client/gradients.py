@@ -1,8 +1,9 @@
 """Per-record gradients by Opacus, kept in factors where a layer allows it.
 
-The gradient of one record with respect to the matrix of a linear layer is the outer product of two vectors. Its norm
-is the product of their norms, and a weighted sum over records is one matrix product, so the products themselves are
-never formed (Goodfellow 2015, "Efficient per-example gradient computations"). Every other layer goes by Opacus' hooks.
+The gradient of one record with respect to the matrix of a linear layer is the outer product of two vectors. Its
+norm is the product of their norms, and a weighted sum over records is one matrix product, so the products themselves
+are never formed (Goodfellow 2015, "Efficient per-example gradient computations"). Every other layer goes by Opacus'
+hooks.
 """
 
 from __future__ import annotations
@@ -73,11 +74,16 @@ class RecordGradients(GradSampleModule):  # type: ignore[misc]
         super().__init__(module, loss_reduction="sum")
 
     def capture_backprops_hook(
-        self, module: nn.Module, forward_input: Any, forward_output: Any, *, loss_reduction: str, batch_first: bool
+        self,
+        module: Any,
+        forward_input: Any,
+        forward_output: Any,
+        *,
+        loss_reduction: str,
+        batch_first: bool,
     ) -> None:
         """Keep the factors of a linear layer used once on one vector a record; leave the rest to Opacus."""
-        plain = type(module) is nn.Linear and module.weight._forward_counter == 1  # noqa: SLF001 - Opacus' own count
-        if not plain or forward_output[0].dim() != 2 or not self.hooks_enabled:
+        if not (self.hooks_enabled and _once_on_vectors(module, forward_output[0])):
             super().capture_backprops_hook(
                 module, forward_input, forward_output, loss_reduction=loss_reduction, batch_first=batch_first
             )
@@ -87,6 +93,7 @@ class RecordGradients(GradSampleModule):  # type: ignore[misc]
         module.weight.grad_sample = Factored(left, right)
         if module.bias is not None:
             module.bias.grad_sample = left
+        parameter: Any
         for parameter in module.parameters(recurse=False):
             parameter._forward_counter -= 1  # noqa: SLF001
 
@@ -98,3 +105,12 @@ class RecordGradients(GradSampleModule):  # type: ignore[misc]
             taken.append(found if isinstance(found, Factored) else Dense(found))
             parameter.grad_sample = None
         return taken
+
+
+def _once_on_vectors(module: Any, backprops: Tensor) -> bool:
+    """Return whether a layer is linear and had one use, on one vector a record, in the forward pass."""
+    if type(module) is not nn.Linear or backprops.dim() != 2:
+        return False
+    # Opacus counts a parameter's uses down as backward goes through them, and sums over them as it goes.
+    weight: Any = module.weight
+    return weight._forward_counter == 1 and not hasattr(weight, "_current_grad_sample")  # noqa: SLF001

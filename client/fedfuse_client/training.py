@@ -2,9 +2,10 @@
 
 1. Every record enters a step independently with the public probability q, drawn from the CSPRNG; an empty draw is a
    step of noise alone.
-2. Each record's gradient is clipped to norm C. One that is not finite, or whose files cannot be read, counts as zero.
-3. The clipped gradients are summed in float64, get Gaussian noise of deviation ``noise_share * C`` from the CSPRNG on a
-   common grid, and are divided by the public ``expected_batch_size``: never by the number drawn, and nothing else
+2. Each record's gradient is clipped to norm C. One that is not finite, or whose files cannot be read, counts as
+   zero.
+3. The clipped gradients are summed in float64, get Gaussian noise of deviation ``noise_share * C`` from the CSPRNG on
+   a common grid, and are divided by the public ``expected_batch_size``: never by the number drawn, and nothing else
    depends on how many records the site has.
 4. Microbatches have one fixed shape, filled up with rows that do not count, so a record's gradient does not depend on
    how many others were drawn.
@@ -49,7 +50,13 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, clip: float, multiplier: float, batch: int, noise: NoiseSource
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip: float,
+        multiplier: float,
+        batch: int,
+        noise: NoiseSource,
     ) -> None:
         super().__init__(
             optimizer, noise_multiplier=multiplier, max_grad_norm=clip, expected_batch_size=batch
@@ -127,14 +134,20 @@ def step_size(training: TrainingConfig, privacy: RoundPrivacy) -> float:
 
 
 def accumulate(
-    wrapped: RecordGradients, optimizer: PrivateOptimizer, data: RecordTensors, drawn: Sequence[int], microbatch: int
+    wrapped: RecordGradients,
+    optimizer: PrivateOptimizer,
+    data: RecordTensors,
+    drawn: Sequence[int],
+    microbatch: int,
 ) -> None:
     """Add the clipped gradients of the records drawn, in microbatches of one shape."""
     for start in range(0, len(drawn), microbatch):
         rows = drawn[start : start + microbatch]
         batch = data.batch([*rows, *([rows[0]] * (microbatch - len(rows)))])
         logits = wrapped(batch["text"], batch["image"], batch["audio"], batch["present"])
-        with warnings.catch_warnings():  # features need no gradient, and torch remarks on it at every backward pass
+        loss = functional.cross_entropy(logits, batch["label"], reduction="sum")
+        with warnings.catch_warnings():
+            # Features need no gradient, and torch remarks on it at every backward pass.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            functional.cross_entropy(logits, batch["label"], reduction="sum").backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         optimizer.clip_and_accumulate(wrapped.take(), torch.arange(microbatch) < len(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fedfuse_shared.errors import ProtocolError
 from fedfuse_shared.ledger.log import LedgerWriter, kind_of, read_ledger
 from fedfuse_shared.ledger.records import (
     FIRST_LINK,
+    Close,
     Policy,
     Receipt,
     Refusal,
@@ -21,6 +23,7 @@ from fedfuse_shared.ledger.records import (
     SiteLeaf,
     link,
 )
+from fedfuse_shared.offer import Offer
 from fedfuse_shared.roster import Roster
 
 SITE_LEAVES: dict[str, type[SiteLeaf]] = {leaf.kind: leaf for leaf in (Policy, Reservation, Refusal, Receipt)}
@@ -37,16 +40,37 @@ class Books:
         self._roster = roster
         self._key = key
         self._heads: dict[str, tuple[int, str, bytes]] = {}
-        if path.exists():
-            self._replay(path)
-        self._log = LedgerWriter(path)
-
-    def _replay(self, path: Path) -> None:
+        self.standing: dict[str, Offer] = {}
+        """Offers that have no close yet, by context."""
+        self.attempts: Counter[int] = Counter()
+        """Highest attempt offered for each round."""
+        self._log = LedgerWriter(path)  # heals a torn last line before anything is read
         for entry in read_ledger(path):
-            body_type = SITE_LEAVES.get(kind_of(entry.raw))
-            if body_type is not None:
-                envelope = decode(entry.raw, body_type, who=str(path))
-                self._heads[envelope.author] = (envelope.body.seq, link(envelope), entry.raw)
+            self._recall(entry.raw, str(path))
+
+    def _recall(self, raw: bytes, who: str) -> None:
+        """Learn from a leaf that an earlier process wrote."""
+        kind = kind_of(raw)
+        if kind in SITE_LEAVES:
+            envelope = decode(raw, SITE_LEAVES[kind], who=who)
+            self._heads[envelope.author] = (envelope.body.seq, link(envelope), raw)
+        elif kind == Offer.kind:
+            self._note(decode(raw, Offer, who=who))
+        elif kind == Close.kind:
+            self._note(decode(raw, Close, who=who))
+
+    def _note(self, envelope: Envelope[Any]) -> None:
+        body = envelope.body
+        if isinstance(body, Offer):
+            self.standing[body.context()] = body
+            self.attempts[body.round] = max(self.attempts[body.round], body.attempt)
+        elif isinstance(body, Close):
+            self.standing.pop(body.context, None)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever written."""
+        return self._log.size == 0
 
     def close(self) -> None:
         """Let go of the ledger file."""
@@ -60,6 +84,8 @@ class Books:
     def append(self, *envelopes: Envelope[Any]) -> None:
         """Append leaves of the operator or the server; durable when it returns."""
         self._log.append(list(envelopes))
+        for envelope in envelopes:
+            self._note(envelope)
 
     def sign(self, body: Body) -> Envelope[Any]:
         """Append a body in the server's name and return its envelope."""

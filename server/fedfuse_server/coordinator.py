@@ -46,15 +46,30 @@ class Coordinator:
         self._exchange = Exchange(grid, self._config.performance.exchange_timeout)
         self._grid = grid
         model = build_model(self._config.model, self._config.seed)
-        self._state = ServerState(run=secrets.token_hex(8), round=0, model=GlobalModel(flatten(model)))
+        if home.state.exists():
+            self._state = ServerState.load(home.state)
+        else:
+            self._state = ServerState(secrets.token_hex(8), 0, GlobalModel(flatten(model)))
+            self._state.save(home.state)
         self._plan = Plan(self._state.run, self._config, self._roster, layout(model))
         self._nodes: dict[str, int] = {}
         self._out: set[str] = set()
         """Sites that refused: they are not asked again in this run."""
-        fresh = not home.ledger.exists()
         self._books = Books(home.ledger, self._roster, self._key)
-        if fresh:
+        if self._books.empty:
             self._books.append(self._enrolment)
+        self._recover()
+
+    def _recover(self) -> None:
+        """Finish what an earlier process of this run left unfinished; what sites were charged stays charged."""
+        if self._state.close:
+            close = decode(self._state.close, Close, who=str(self._home.state))
+            if close.body.context in self._books.standing:
+                self._books.append(close)
+            self._publish()
+        for offer in list(self._books.standing.values()):
+            self._books.sign(self._aborted(offer, "the server was stopped during this attempt"))
+        self._books.checkpoint()
 
     def run(self) -> None:
         """Run the planned rounds; stops early where too few sites are left, with the last opened model standing.
@@ -115,7 +130,8 @@ class Coordinator:
     def _round(self, number: int) -> bool:
         """Return whether a round was opened within the allowed attempts."""
         reason = ""
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+        first = self._books.attempts[number] + 1
+        for attempt in range(first, first + MAX_ATTEMPTS):
             willing = sorted(self._nodes.keys() - self._out)
             wanted = self._config.sites_per_round or len(willing)
             if len(willing) < limits.MIN_SITES:
@@ -155,26 +171,31 @@ class Coordinator:
             update, _ = average(session.open(), offer, len(session.vectors))
         except ProtocolError as problem:
             raise RoundAborted(problem.message, who=f"round {offer.round}") from problem
-        self._state.model.apply(update, self._config.aggregation)
-        self._state = ServerState(self._state.run, offer.round, self._state.model)
-        self._state.save(self._home.state)
-        published = self._state.model.published
-        self._home.publish(self._config.model, published, round_number=offer.round)
+        model = self._state.model
+        model.apply(update, self._config.aggregation)
         agreement = session.agreement()
-        self._books.sign(
-            Close(
-                context=session.context,
-                outcome=Outcome.OPENED,
-                reason="",
-                keys_hash=agreement.keys_hash,
-                dealings_hash=agreement.dealings_hash,
-                survivors=session.vectors,
-                agreements=session.agreements,
-                model_hash=self._model_hash(),
-            )
+        close = Close(
+            context=session.context,
+            outcome=Outcome.OPENED,
+            reason="",
+            keys_hash=agreement.keys_hash,
+            dealings_hash=agreement.dealings_hash,
+            survivors=session.vectors,
+            agreements=session.agreements,
+            model_hash=self._model_hash(),
         )
+        # The model and the close that states it reach the disk in one write, the ledger after them.
+        signed = seal(close, SERVER, self._key)
+        self._state = ServerState(self._state.run, offer.round, model, encode(signed))
+        self._state.save(self._home.state)
+        self._books.append(signed)
+        self._publish()
         self._books.checkpoint()
-        tell(RoundOpened(offer.round, tuple(sorted(session.vectors)), published))
+        tell(RoundOpened(offer.round, tuple(sorted(session.vectors)), model.published))
+
+    def _publish(self) -> None:
+        published = self._state.model.published
+        self._home.publish(self._config.model, published, round_number=self._state.round)
 
     def _aborted(self, offer: Offer, reason: str) -> Close:
         return Close(

@@ -123,6 +123,8 @@ class ServerState:
     round: int
     """The last round that was opened; 0 before the first."""
     model: GlobalModel
+    close: bytes = b""
+    """The signed close of that round: on disk with the model it states, before it is on the ledger."""
 
     def save(self, path: Path) -> None:
         """Write the state durably.
@@ -137,6 +139,7 @@ class ServerState:
             "second": self.model.second,
         }
         card = {"run": self.run, "round": str(self.round), "steps": str(self.model.steps)}
+        card["close"] = self.close.decode()
         write_durably(path, save_tensors(tensors, metadata=card))
 
     @classmethod
@@ -155,7 +158,7 @@ class ServerState:
                 tensors[k] for k in ("published", "first", "second")
             )
             model.steps = int(card["steps"])
-            return cls(run=card["run"], round=int(card["round"]), model=model)
+            return cls(card["run"], int(card["round"]), model, card["close"].encode())
         except (OSError, SafetensorError, KeyError, ValueError) as problem:
             raise StateError(
                 f"server state cannot be read ({problem})", who=str(path), advice="restore the run's folder"

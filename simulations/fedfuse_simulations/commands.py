@@ -18,6 +18,9 @@ def simulate(
     out: Annotated[
         Path | None, typer.Option(help="A new folder for the run; left out: runs/NAME-DATE-TIME.")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder; its own settings hold.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Settings in TOML, as in a run's config.toml; options win over it.")
     ] = None,
@@ -50,9 +53,19 @@ def simulate(
       fedfuse simulate
       fedfuse simulate --data ../shared/data/digits --epsilon 8 --json
       fedfuse simulate --rounds 20 --epsilon 3 --fusion late --dropout 0.02
+      fedfuse simulate --resume runs/digits-20261124-101500
     """
-    from fedfuse_simulations.session import Options, run_session
+    from datetime import datetime
 
+    from fedfuse_server.home import RunHome
+    from fedfuse_simulations.session import run_session
+    from fedfuse_simulations.settings import gather
+    from fedfuse_simulations.simulation import Simulation, begin, check_early
+
+    if resume is not None:
+        home = RunHome(resume)
+        run_session(home, Simulation.load(home), json=json)
+        return
     changes = {
         "rounds": rounds,
         "sites_per_round": sites_per_round,
@@ -62,7 +75,18 @@ def simulate(
         "aggregation": {"optimizer": optimizer},
         "secure_aggregation": {"colluders": colluders},
     }
-    run_session(Options(data, scenario, out, config, changes, dropout, engine, json))
+    name = data.name if data else scenario
+    home = RunHome(out or Path("runs") / f"{name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
+    simulation = Simulation(
+        data=data.resolve() if data else None,
+        scenario=scenario,
+        engine=engine,
+        dropout=dropout,
+        settings=gather(config, changes),
+    )
+    check_early(simulation)
+    begin(home, simulation)
+    run_session(home, simulation, json=json)
 
 
 def evaluate(

@@ -25,8 +25,8 @@ from fedfuse_shared.secagg.bounds import choose
 
 def provision(
     home: RunHome, config: RunConfig, data: Path, sites: Sequence[str], modalities: tuple[Modality, ...]
-) -> dict[str, SiteHome]:
-    """Write a run's folder and its sites' folders, and return the sites' by name.
+) -> None:
+    """Write a run's folder and its sites' folders; ``config.toml`` last, so that it marks them complete.
 
     Every site's policy allows exactly the planned schedule: its cap is the run's epsilon and its plan is pinned.
 
@@ -71,7 +71,6 @@ def provision(
     )
     enrolment = encode(seal(roster, OPERATOR, operator)) + b"\n"
     write_durably(home.roster, enrolment)
-    save_toml(home.config, config)
     for name, folder in folders.items():
         write_durably(folder.roster, enrolment)
         policy = SitePolicy(
@@ -95,4 +94,9 @@ def provision(
         )
         save_toml(folder.policy, policy)
         SiteStore.open(folder.store, create=True).close()
-    return folders
+    save_toml(home.config, config)
+
+
+def site_folders(home: RunHome) -> dict[str, Path]:
+    """Return the sites' folders of a provisioned run, by name."""
+    return {folder.name: folder for folder in sorted((home.root / "sites").iterdir())}

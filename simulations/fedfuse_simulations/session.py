@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import typer
@@ -22,70 +20,46 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fedfuse_client.data.info import read_info
-from fedfuse_client.data.manifest import DatasetInfo, load_dataset
+from fedfuse_client.data.manifest import load_dataset
 from fedfuse_server.audit.sources import Sources
 from fedfuse_server.events import Event, RoundAbandoned, RoundOpened, RunStopped, SiteLeftOut
 from fedfuse_server.home import RunHome
-from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.ledger.verification import verify_ledger
 from fedfuse_shared.ledger.verification_report import Report
 from fedfuse_simulations.examiner import Examiner
-from fedfuse_simulations.run import Metrics, Simulation, Watcher, prepare, run_inline
-from fedfuse_simulations.scenarios import SCENARIOS
+from fedfuse_simulations.metrics import Metrics, Watcher
+from fedfuse_simulations.run import conclude, run_inline
 from fedfuse_simulations.scoring import Score, Scores
-from fedfuse_simulations.settings import settings
+from fedfuse_simulations.simulation import Simulation, prepare
 
 SCORINGS = 12
 """Times a run is scored on its way, so that a curve can be drawn."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What ``fedfuse simulate`` was called with."""
-
-    data: Path | None
-    scenario: str
-    out: Path | None
-    config: Path | None
-    changes: Mapping[str, object]
-    dropout: float
-    engine: str
-    json: bool
-
-
-def run_session(options: Options) -> None:
-    """Run a simulation and print its outcome.
+def run_session(home: RunHome, simulation: Simulation, *, json: bool) -> None:
+    """Run a simulation that was begun, from its start or from where it stopped, and print its outcome.
 
     Raises:
         FedfuseError: a setting or the data is wrong, or no round was opened.
     """
-    if options.engine != "inline":
-        raise ConfigError(
-            f"there is no engine {options.engine!r}", advice="--engine inline is the one there is so far"
-        )
     console = Console(stderr=True)
-    name = options.data.name if options.data else options.scenario
-    root = options.out or Path("runs") / f"{name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    home = RunHome(root)
-    if root.exists() and any(root.iterdir()):
-        raise ConfigError("is not empty", who=str(root), advice="choose another folder with --out")
+    began = time.monotonic()
+    with console.status("preparing") as status:
+        prepared = prepare(home, simulation, status.update)
+    examiner = Examiner(prepared.config.model, prepared.dataset)
+    rounds = prepared.config.rounds
     started = time.monotonic()
-    data = options.data or _write_scenario(options, root / "data", console)
-    info = read_info(data)
-    if not isinstance(info, DatasetInfo):
-        load_dataset(data)  # raises, naming the first problem
-        raise ConfigError("has no dataset.toml", who=str(data))
-    config = settings(options.config, options.changes, info)
-    with console.status("choosing the noise and writing the sites' folders"):
-        config, dataset, folders = prepare(home, config, data)
-    examiner = Examiner(config.model, dataset)
-    with _progress(console, config.rounds) as show:
-        watch = Watcher(examiner, max(1, config.rounds // SCORINGS), show)
-        metrics = run_inline(home, config, folders, dropout=options.dropout, watch=watch)
+    try:
+        with _progress(console, rounds) as show:
+            watch = Watcher(home.root / "progress.jsonl", examiner, max(1, rounds // SCORINGS), show)
+            run_inline(home, prepared, dropout=simulation.dropout, watch=watch)
+    except KeyboardInterrupt:
+        console.print(f"Stopped. Go on with: fedfuse simulate --resume {home.root}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    metrics = conclude(home, watch, examiner.examine_published(home), started)
     report = audit(home)
-    if options.json:
-        print(to_json(_summary(home, metrics, report, time.monotonic() - started)).decode())  # noqa: T201
+    if json:
+        typer.echo(to_json(_summary(home, metrics, report, time.monotonic() - began)))
     else:
         _print_outcome(Console(), home, metrics, report)
     if not report.ok:
@@ -100,25 +74,12 @@ def run_evaluation(run: Path, data: Path | None, *, json: bool) -> None:
     """
     home = RunHome(run)
     config = home.load_config()
-    examiner = Examiner(config.model, load_dataset(data or Simulation.load(home).data))
+    examiner = Examiner(config.model, load_dataset(data or Simulation.load(home).data_folder(home)))
     scores = examiner.examine_published(home)
     if json:
-        print(to_json(scores).decode())  # noqa: T201
+        typer.echo(to_json(scores))
     else:
         Console().print(_score_table(scores))
-
-
-def _write_scenario(options: Options, folder: Path, console: Console) -> Path:
-    scenario = SCENARIOS.get(options.scenario)
-    if scenario is None:
-        raise ConfigError(
-            f"there is no scenario {options.scenario!r}", advice=f"there are: {', '.join(SCENARIOS)}"
-        )
-    seed = options.changes.get("seed")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with console.status(f"writing scenario {options.scenario} ({scenario.description})"):
-        scenario.write(folder, seed=seed if isinstance(seed, int) else 0)
-    return folder
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fedfuse_client.data.manifest import DatasetInfo
 from fedfuse_shared.config.base import Modality
@@ -18,31 +19,45 @@ ENCODERS = {
 """Encoders where the settings name none: fixed front ends under linear heads, which train well under noise."""
 
 
-def settings(file: Path | None, changes: Mapping[str, object], info: DatasetInfo) -> RunConfig:
-    """Return checked settings for a data set.
+def gather(file: Path | None, changes: Mapping[str, object]) -> dict[str, Any]:
+    """Return what a settings file and the command line's options say, not yet checked.
 
     Args:
         file: Settings in TOML, or none.
         changes: What the command line sets; None stands for an option left out.
-        info: The data set's own description: its classes, and the modalities that need encoders.
+
+    Raises:
+        ConfigError: the file cannot be read or is not TOML.
+    """
+    return _merge(read_toml(file) if file else {}, changes)
+
+
+def complete(values: Mapping[str, Any], info: DatasetInfo | None) -> RunConfig:
+    """Return checked settings, completed by a data set's classes and by encoders for its modalities.
+
+    Args:
+        values: What was gathered.
+        info: The data set's description; None checks the settings before the data set is there.
 
     Raises:
         ConfigError: an unknown setting, or a value out of bounds.
     """
-    values = _merge(read_toml(file) if file else {}, changes)
-    model = values.setdefault("model", {})
-    if isinstance(model, dict):
-        model["classes"] = list(info.classes)
-        model.setdefault("encoders", {m.value: {"name": ENCODERS[m]} for m in info.modalities})
-    return check(values, RunConfig, who=str(file) if file else "settings")
+    classes = info.classes if info else ("this", "that")
+    modalities = info.modalities if info else tuple(Modality)
+    model = values.get("model", {})
+    if isinstance(model, Mapping):
+        encoders = {m.value: {"name": ENCODERS[m]} for m in modalities}
+        model = {"encoders": encoders, **model, "classes": list(classes)}
+    return check({**values, "model": model}, RunConfig, who="settings")
 
 
-def _merge(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping):
             below = merged.get(key, {})
-            merged[key] = _merge(below if isinstance(below, Mapping) else {}, value)
+            if isinstance(below, Mapping) and (inner := _merge(below, value)):
+                merged[key] = inner
         elif value is not None:
             merged[key] = value
     return merged

@@ -325,7 +325,7 @@ def test_a_site_killed_anywhere_forgets_nothing_it_said_or_spent(tmp_path: Path)
 def test_two_processes_never_spend_more_than_the_cap_together(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     SiteStore.open(path, create=True).close()
-    affordable = 12
+    affordable = 6
     cap = epsilon([ONE_ROUND] * affordable, POLICY.delta)
     assert epsilon([ONE_ROUND] * (affordable + 1), POLICY.delta) > cap
     pair = [program("spend", path, first, 2, cap, wait=False) for first in (1, 2)]

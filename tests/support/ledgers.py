@@ -1,4 +1,4 @@
-"""Ledgers with real keys and real signatures, built leaf by leaf as an honest server and honest sites would write them."""
+"""Ledgers with real keys and signatures, built leaf by leaf as an honest server and honest sites write them."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class LedgerBuilder:
         return self._chained(site, Refusal, {"context": offer.context(), "reason": "disk is full"}, {})
 
     def close(
-        self, offer: Offer, survivors: Sequence[str], *, agreers: Sequence[str] | None = None, **changes: Any
+        self, offer: Offer, sites: Sequence[str], *, agreers: Sequence[str] | None = None, **changes: Any
     ) -> Envelope[Any]:
         context = offer.context()
         values = {
@@ -119,7 +119,7 @@ class LedgerBuilder:
             "reason": "",
             "keys_hash": digest("keys", context),
             "dealings_hash": digest("dealings", context),
-            "survivors": {site: self.vector(site, offer) for site in survivors},
+            "survivors": {site: self.vector(site, offer) for site in sites},
             "model_hash": digest("model", offer.run, offer.round, offer.attempt),
         }
         values |= changes
@@ -129,7 +129,7 @@ class LedgerBuilder:
             dealings_hash=values["dealings_hash"] or digest("none"),
             vectors=values["survivors"],
         )
-        signers = survivors if agreers is None else agreers
+        signers = sites if agreers is None else agreers
         values.setdefault(
             "agreements", {site: seal(said, site, self.federation.keys[site]).sig for site in signers}
         )

@@ -16,8 +16,7 @@ from fedfuse_server.events import Event, observing
 from fedfuse_server.home import RunHome
 from fedfuse_shared.config.federation import RunConfig
 from fedfuse_simulations.engines.inline import InlineGrid
-from fedfuse_simulations.run import prepare
-from fedfuse_simulations.settings import settings
+from fedfuse_simulations.simulation import Simulation, begin, prepare
 
 SITES = ("bern", "lyon", "oslo", "rome")
 WORDS = {0: ("nothing", "round"), 1: ("one", "upright")}
@@ -72,8 +71,6 @@ class SmallFederation:
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        from fedfuse_client.data.info import read_info
-
         data = self.root / "data"
         if not data.exists():
             write_data(data)
@@ -81,8 +78,10 @@ class SmallFederation:
         changes = {"rounds": 3, **self.changes}
         # A given noise multiplier saves the calibration; epsilon is the cap of every site.
         privacy = {"expected_batch_size": 8, "noise_multiplier": 4.0, **changes.pop("privacy", {})}
-        config = settings(None, {**changes, "privacy": privacy}, read_info(data))
-        self.config, _, self.folders = prepare(self.home, config, data)
+        simulation = Simulation(data=data, settings={**changes, "privacy": privacy})
+        begin(self.home, simulation)
+        prepared = prepare(self.home, simulation, lambda _: None)
+        self.config, self.folders = prepared.config, prepared.sites
 
     def grid(self, loses=lambda _site, _step: False, app=client_app, grid_type=InlineGrid) -> InlineGrid:
         names = dict(enumerate(self.folders, start=2))

@@ -1,4 +1,4 @@
-"""The verifier agrees with every public vector of transparency-dev/merkle: it accepts what they accept, nothing else."""
+"""The verifier agrees with every public vector of transparency-dev/merkle on what is to be accepted."""
 
 import base64
 import json

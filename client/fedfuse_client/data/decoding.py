@@ -1,21 +1,21 @@
 """One record's files, decoded within bounds: text as it is, images to RGB, recordings to a log-mel spectrogram.
 
-Headers are checked before anything is unpacked. Whatever is wrong with a file ends in a DataError with its name.
+Headers are checked before anything is unpacked, and whatever a file does to its decoder ends in a DataError that
+names it.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 from torchaudio.functional import melscale_fbanks, resample
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as transforms
 
 from fedfuse_shared import limits
 from fedfuse_shared.errors import DataError
@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from fedfuse_shared.config.model import AudioInput, ImageInput
 
 _FORMATS: Final = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
+_BLOCK: Final = 2**16  # samples of each channel unpacked at once
+_MAX_CHANNELS: Final = 32
+_MAX_RATE: Final = 384_000  # Hz
+_RATE_STEP: Final = 50  # Hz; rates prime to each other would need a resampling filter of gigabytes
 _WINDOW: Final = 0.032  # seconds a spectrum is taken over
 _HOP: Final = 0.01  # seconds between spectra
-_LOWEST: Final = 60.0  # Hz: below it, hum
+_LOWEST: Final = 60.0  # Hz; below it is hum
 _TRIM: Final = 1e-4  # share of the loudest frame's energy (-40 dB) that counts as sound
 _FLOOR: Final = 1e-6  # share of the loudest mel cell (-60 dB) below which all is silence
 
@@ -45,46 +49,56 @@ def decode_text(text: str) -> str:
 
 
 def decode_image(path: Path, wanted: ImageInput) -> Tensor:
-    """Return an image as RGB ``(3, size, size)`` in [0, 1], aspect kept, borders continued, on white where clear.
+    """Return an image as RGB ``(3, size, size)`` in [0, 1], aspect kept, borders continued, white where transparent.
 
     Raises:
-        DataError: unreadable, not an image, or larger than ``limits.MAX_IMAGE_PIXELS``.
+        DataError: unreadable, not an image of 8 or 16 bits, or larger than ``limits.MAX_IMAGE_PIXELS``.
     """
     _check_size(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
-                if image.width * image.height > limits.MAX_IMAGE_PIXELS:
-                    raise DataError(
-                        f"{image.width}x{image.height} pixels are over {limits.MAX_IMAGE_PIXELS}", who=str(path)
-                    )
-                clear = image.convert("RGBA")
+        with Image.open(path, formats=_FORMATS) as image:
+            if not 0 < image.width * image.height <= limits.MAX_IMAGE_PIXELS:
+                raise DataError(
+                    f"{image.width}x{image.height} pixels are not between 1 and {limits.MAX_IMAGE_PIXELS}",
+                    who=str(path),
+                )
+            pixels = transforms.pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image), path))
     except DataError:
         raise
-    except Exception as problem:  # Pillow's decoders raise whatever the file makes them raise
+    except Exception as problem:  # Pillow's decoders raise whatever a file makes them raise
         raise DataError(f"cannot be read as an image ({_reason(problem)})", who=str(path)) from problem
-    flat = Image.new("RGBA", clear.size, "white")
-    flat.alpha_composite(clear)
-    pixels = v2.functional.pil_to_tensor(flat.convert("RGB")).to(torch.float32) / 255
     return _fit(pixels, wanted.size)
 
 
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode.startswith("I;16"):  # convert() would cut everything above 255 to white
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in {"I", "F"}:
+        raise DataError(f"has pixels of mode {image.mode}", who=str(path), advice="save it with 8 or 16 bits")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    clear = image.convert("RGBA")
+    white = Image.new("RGBA", clear.size, "white")
+    white.alpha_composite(clear)
+    return white.convert("RGB")
+
+
 def _fit(pixels: Tensor, size: int) -> Tensor:
+    """Return ``(3, height, width)`` bytes as ``(3, size, size)`` in [0, 1]."""
     height, width = pixels.shape[1:]
     scale = size / max(height, width)
     shape = [max(1, round(height * scale)), max(1, round(width * scale))]
-    scaled = v2.functional.resize(pixels, shape, antialias=True)
+    scaled = transforms.resize(pixels, shape, antialias=True).to(torch.float32) / 255
     down, across = size - shape[0], size - shape[1]
     border = (across // 2, across - across // 2, down // 2, down - down // 2)
-    return functional.pad(scaled[None], border, mode="replicate")[0].clamp(0, 1)
+    return functional.pad(scaled[None], border, mode="replicate")[0]
 
 
 def decode_audio(path: Path, wanted: AudioInput) -> Tensor:
-    """Return a recording's log-mel spectrogram ``(mels, frames)``, silence at its ends cut, in nepers of power.
+    """Return a recording's log-mel spectrogram ``(mels, frames)``, silence at its ends cut (natural log of power).
 
-    Time is stretched or squeezed to the wanted frames. The loudest cell is 0 and nothing is below -13.8 (-60 dB), so
-    the level of the recording does not matter; a silent one is all -13.8.
+    Time is stretched or squeezed to the wanted frames. The loudest cell is 0 and none is below -13.8 (-60 dB), so the
+    level of the recording does not matter; a silent one is -13.8 throughout.
 
     Raises:
         DataError: unreadable, not audio, empty, not finite, or longer than ``limits.MAX_AUDIO_SECONDS``.
@@ -92,43 +106,48 @@ def decode_audio(path: Path, wanted: AudioInput) -> Tensor:
     _check_size(path)
     try:
         with soundfile.SoundFile(path) as file:
-            rate, length = file.samplerate, file.frames
+            rate, channels, length = file.samplerate, file.channels, file.frames
+            if not 0 < rate <= _MAX_RATE or channels > _MAX_CHANNELS:
+                raise DataError(
+                    f"{rate} Hz in {channels} channels is over {_MAX_RATE} Hz in {_MAX_CHANNELS}",
+                    who=str(path),
+                )
             if not 0 < length <= rate * limits.MAX_AUDIO_SECONDS:
                 raise DataError(
-                    f"{length / rate:.1f} seconds are not between 0 and {limits.MAX_AUDIO_SECONDS:.0f}", who=str(path)
+                    f"{length / rate:.1f} seconds are not between 0 and {limits.MAX_AUDIO_SECONDS:.0f}",
+                    who=str(path),
                 )
-            samples = file.read(length, dtype="float32", always_2d=True)
-    except DataError:
-        raise
-    except (soundfile.SoundFileError, OSError, ValueError, ZeroDivisionError) as problem:
+            blocks = file.blocks(_BLOCK, frames=length, dtype="float64", always_2d=True)
+            samples = np.concatenate([block.mean(axis=1) for block in blocks] or [np.zeros(0)])
+    except (soundfile.SoundFileError, OSError, ValueError) as problem:
         raise DataError(f"cannot be read as audio ({_reason(problem)})", who=str(path)) from problem
     if not samples.size or not np.isfinite(samples).all():
-        raise DataError("holds no samples, or samples that are not finite", who=str(path))
-    return log_mel(torch.from_numpy(samples.mean(axis=1)), rate, wanted)
+        raise DataError("holds no samples, or some that are not finite", who=str(path))
+    return log_mel(samples, rate, wanted)
 
 
-def log_mel(samples: Tensor, rate: int, wanted: AudioInput) -> Tensor:
-    """Return the log-mel spectrogram of mono samples ``(n,)`` as :func:`decode_audio` describes it."""
-    samples = resample(samples, rate, wanted.sample_rate)
+def log_mel(
+    samples: np.ndarray[tuple[int, ...], np.dtype[np.float64]], rate: int, wanted: AudioInput
+) -> Tensor:
+    """Return the log-mel spectrogram of mono samples ``(n,)`` at ``rate`` Hz; see :func:`decode_audio`."""
+    loudest = np.abs(samples).max()
+    wave = torch.from_numpy(samples / loudest if loudest > 0 else samples).to(torch.float32)
+    near = max(1, round(rate / _RATE_STEP)) * _RATE_STEP  # at most 25 Hz off: no ear or encoder notices
+    wave = resample(wave, near, wanted.sample_rate)
     size, hop = round(_WINDOW * wanted.sample_rate), round(_HOP * wanted.sample_rate)
-    samples = functional.pad(samples, (0, max(0, size - samples.numel())))
-    spectrum = torch.stft(
-        samples, size, hop, window=torch.hann_window(size), center=False, return_complex=True
-    )
+    wave = functional.pad(wave, (0, max(0, size - wave.numel())))
+    spectrum = torch.stft(wave, size, hop, window=torch.hann_window(size), center=False, return_complex=True)
     power = spectrum.abs().square()
     banks = melscale_fbanks(power.shape[0], _LOWEST, wanted.sample_rate / 2, wanted.mels, wanted.sample_rate)
     mel = _trim(banks.T @ power)
-    peak = mel.max().clamp(min=1e-20)
-    cells = torch.log(mel / peak + _FLOOR)
+    cells = torch.log(mel / mel.max().clamp(min=1e-20) + _FLOOR)
     return functional.interpolate(cells[None], size=wanted.frames, mode="linear", align_corners=False)[0]
 
 
 def _trim(mel: Tensor) -> Tensor:
-    loud = mel.sum(dim=0)
-    sound = torch.nonzero(loud > loud.max() * _TRIM).flatten()
-    if not sound.numel():
-        return mel
-    return mel[:, int(sound[0]) : int(sound[-1]) + 1]
+    loudness = mel.sum(dim=0)
+    sound = torch.nonzero(loudness > loudness.max() * _TRIM).flatten()
+    return mel[:, int(sound[0]) : int(sound[-1]) + 1] if sound.numel() else mel
 
 
 def _check_size(path: Path) -> None:

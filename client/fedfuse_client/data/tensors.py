@@ -128,8 +128,16 @@ class RecordTensors(Dataset[Batch]):
         if modality is Modality.TEXT:
             return None if record.text is None else front(decode_text(record.text))
         if modality is Modality.IMAGE:
-            return None if record.image is None else front(decode_image(self._folder / record.image, self._config.image))
-        return None if record.audio is None else front(decode_audio(self._folder / record.audio, self._config.audio))
+            return (
+                None
+                if record.image is None
+                else front(decode_image(self._folder / record.image, self._config.image))
+            )
+        return (
+            None
+            if record.audio is None
+            else front(decode_audio(self._folder / record.audio, self._config.audio))
+        )
 
 
 def collate(items: Sequence[Batch]) -> Batch:

@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from fedfuse_shared.config.base import Trust
+from fedfuse_shared.ledger.verification_budget import over
 from fedfuse_shared.ledger.verification_report import ADVICE, Finding, Report, SiteReport
 from fedfuse_shared.roster import Roster
 
 _NOT_PROVED = (
     "Not proved by any ledger: that noise and sampling were really drawn, that data sets of two sites do not "
-    "overlap, that the model is the sum, that a site restored from a backup was not fooled, or that nobody is shown another "
-    "ledger: the verdict holds up to this head."
+    "overlap, that the model is the sum, that a site restored from a backup was not fooled, or that nobody is "
+    "shown another ledger: the verdict holds up to this head."
 )
 _SHOWN = 100
 """Most findings that are printed; --json has them all."""
@@ -44,9 +45,8 @@ def _parts(report: Report, roster: Roster) -> Iterator[RenderableType]:
         yield _line(finding)
     if len(report.findings) > _SHOWN:
         yield Text(f"and {len(report.findings) - _SHOWN} more: fedfuse audit --json lists them")
-    verdict = (
-        "The ledger holds." if report.ok else f"{len(report.findings)} findings: the ledger does not hold."
-    )
+    count = "1 finding" if len(report.findings) == 1 else f"{len(report.findings)} findings"
+    verdict = "The ledger holds." if report.ok else f"{count}: the ledger does not hold."
     yield Text(verdict, style="bold green" if report.ok else "bold red")
 
 
@@ -75,7 +75,7 @@ def _table(report: Report) -> Table:
 
 
 def _status(row: SiteReport, *, blamed: bool) -> tuple[str, str]:
-    if row.epsilon is None or (row.cap is not None and row.epsilon > row.cap):
+    if row.epsilon is None or (row.cap is not None and over(row.epsilon, row.cap)):
         return "OVER CAP", "bold red"
     if blamed:
         return "FINDINGS", "bold red"

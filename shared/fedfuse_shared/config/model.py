@@ -37,7 +37,7 @@ class ImageInput(Frozen):
 class AudioInput(Frozen):
     """What every recording is brought to before an encoder sees it."""
 
-    sample_rate: Annotated[int, Field(ge=4000, le=48_000)] = 8000
+    sample_rate: Annotated[int, Field(ge=4000, le=48_000, multiple_of=50)] = 8000
     """Hz."""
     mels: Annotated[int, Field(ge=8, le=128)] = 40
     frames: Annotated[int, Field(ge=8, le=3000)] = 48

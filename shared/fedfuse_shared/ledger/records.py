@@ -29,7 +29,12 @@ Steps = Annotated[int, Field(ge=0, le=10**9)]
 
 def link(envelope: Envelope[Any]) -> str:
     """Return the hash by which the next leaf of the same site refers to this one (SHA-256, hexadecimal)."""
-    return hashlib.sha256(limits.LABEL_LEAF_LINK + encode(envelope)).hexdigest()
+    return link_of(encode(envelope))
+
+
+def link_of(raw: bytes) -> str:
+    """Return the same hash of a leaf's canonical bytes."""
+    return hashlib.sha256(limits.LABEL_LEAF_LINK + raw).hexdigest()
 
 
 class SiteLeaf(Body):

@@ -14,7 +14,7 @@ this head". There is no I/O here and no torch.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import OPERATOR, SERVER
@@ -76,7 +76,7 @@ class _Auditor:
             return
         body = envelope.body
         if isinstance(body, SiteLeaf):
-            self._site_leaf(index, cast("Envelope[SiteLeaf]", envelope))
+            self._site_leaf(index, envelope.author, body, raw)
         elif isinstance(body, Offer):
             self._rounds.offer(index, body)
         elif isinstance(body, Close):
@@ -117,10 +117,9 @@ class _Auditor:
             return None
         return envelope
 
-    def _site_leaf(self, index: int, envelope: Envelope[SiteLeaf]) -> None:
-        site, body = envelope.author, envelope.body
+    def _site_leaf(self, index: int, site: str, body: SiteLeaf, raw: bytes) -> None:
         chain = self._chains[site]
-        chain.follow(index, envelope, self._findings)
+        chain.follow(index, body, raw, self._findings)
         if isinstance(body, Reservation):
             self._rounds.reservation(index, site, body, chain.policy)
             budget = self._budgets.setdefault((site, body.dataset), Budget(site, body.dataset, body.trust))

@@ -87,12 +87,12 @@ class Budget:
         ):
             end = start + len(list(stretch))
             spent = epsilon(self._prefix(end), delta)
-            if cap is not None and _over(spent, cap):
+            if cap is not None and over(spent, cap):
                 low, high = start, end - 1
                 while low < high:
                     middle = (low + high) // 2
-                    over = _over(epsilon(self._prefix(middle + 1), delta), cap)
-                    low, high = (low, middle) if over else (middle + 1, high)
+                    too_much = over(epsilon(self._prefix(middle + 1), delta), cap)
+                    low, high = (low, middle) if too_much else (middle + 1, high)
                 detail = (
                     f"brings epsilon on data set {self.dataset[:8]}… over the site's cap of {cap:g}: "
                     f"{_shown(epsilon(self._prefix(low + 1), delta))} here, {_shown(spent)} by leaf "
@@ -149,7 +149,8 @@ def idle(site: str, policy: Policy | None) -> SiteReport:
     )
 
 
-def _over(spent: float, cap: float) -> bool:
+def over(spent: float, cap: float) -> bool:
+    """Return whether spending is above a cap by more than rounding."""
     return spent > cap * (1 + ROUNDING)
 
 

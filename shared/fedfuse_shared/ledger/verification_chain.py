@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedfuse_shared.envelope import Envelope
-from fedfuse_shared.ledger.records import FIRST_LINK, Policy, SiteLeaf, link
+from fedfuse_shared.ledger.records import FIRST_LINK, Policy, SiteLeaf, link_of
 from fedfuse_shared.ledger.verification_report import Code, Findings
 
 
@@ -18,9 +17,8 @@ class Chain:
     last: str = FIRST_LINK
     policy: Policy | None = None
 
-    def follow(self, leaf: int, envelope: Envelope[SiteLeaf], findings: Findings) -> None:
+    def follow(self, leaf: int, body: SiteLeaf, raw: bytes, findings: Findings) -> None:
         """Check that a leaf continues the chain, and go on from it."""
-        body = envelope.body
         if body.seq <= self.seq:
             detail = (
                 f"second leaf with sequence number {body.seq}, the chain is at {self.seq}: the site was cloned or "
@@ -36,6 +34,6 @@ class Chain:
         elif body.prev != self.last:
             detail = f"leaf {body.seq} of the chain is not linked to the one before it"
             findings.add(Code.CHAIN_BROKEN, leaf, self.site, detail)
-        self.seq, self.last = body.seq, link(envelope)
+        self.seq, self.last = body.seq, link_of(raw)
         if isinstance(body, Policy):
             self.policy = body

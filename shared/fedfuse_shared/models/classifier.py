@@ -20,7 +20,7 @@ from fedfuse_shared.offer import Segment
 MODALITIES: Final = (Modality.TEXT, Modality.IMAGE, Modality.AUDIO)
 """Order of the columns of ``present`` and of the arguments of ``forward``."""
 _CAUTION: Final = 0.1
-"""Trust in a modality moves by the square of this next to other weights, or the first to learn would silence the rest."""
+"""Trust moves by the square of this next to other weights, or the modality that learns first silences the rest."""
 
 
 class SumOfLogits(nn.Module):
@@ -51,7 +51,8 @@ class MeanOfLogits(nn.Module):
         # A record with nothing present gets zeros, not 0/0: its prediction is the prior alone.
         weights = self.trust(torch.full_like(there[:, :1], _CAUTION)).exp() * there
         weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-6)
-        return (logits * weights[:, :, None]).sum(dim=1)
+        mean: Tensor = (logits * weights[:, :, None]).sum(dim=1)
+        return mean
 
 
 class MultimodalClassifier(nn.Module):

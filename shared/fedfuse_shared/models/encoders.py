@@ -47,7 +47,7 @@ class Features(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Two strided convolutions with GroupNorm, pooled to 4x4 and projected; for planes of pixels or mels by frames."""
+    """Two strided convolutions with GroupNorm, pooled to 4x4 and projected: for images and spectrograms."""
 
     def __init__(self, channels: int, width: int, weight: float) -> None:
         super().__init__()

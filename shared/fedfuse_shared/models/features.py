@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_EPSILON: Final = 1e-6
 _FAINT: Final = 0.02  # gradient strength below which a cell is not brought up to full contrast
 _WORD: Final = re.compile(r"\w+")
 
 
-def unit(values: Tensor) -> Tensor:
-    """Return a tensor flattened and scaled to L2 norm 1, ``(n,)``; zeros stay zeros."""
+def unit(values: Tensor, *, faint: float = 1e-6) -> Tensor:
+    """Return a tensor flattened and scaled to L2 norm 1, ``(n,)``, unless its norm is not far above ``faint``."""
     flat = values.flatten()
-    return flat / (flat.norm() + _EPSILON)
+    scaled: Tensor = flat / (flat.norm() + faint)
+    return scaled
 
 
 def oriented_gradients(image: Tensor, *, cell: int = 4, orientations: int = 8) -> Tensor:
@@ -72,7 +72,8 @@ def spectral_shape(mel: Tensor, *, coefficients: int = 16, frames: int = 16) -> 
     mels = mel.shape[0]
     order = torch.arange(1, coefficients + 1, dtype=torch.float32)[:, None]
     basis = torch.cos(math.pi / mels * (torch.arange(mels) + 0.5) * order) * order.sqrt()
-    return unit(functional.adaptive_avg_pool1d((basis @ mel)[None], frames)[0])
+    course = functional.adaptive_avg_pool1d((basis @ mel)[None], frames)[0]
+    return unit(course, faint=0.05)  # norms are in the hundreds; that of silence is rounding error
 
 
 def words_of(text: str, limit: int) -> list[str]:

@@ -4,9 +4,9 @@ Adjacency: add or remove one record. The enforced number is the pessimistic priv
 Google's dp-accounting (Doroshenko et al. 2022); Renyi differential privacy (Mironov 2017) is shown for comparison
 and is never below it. The normal approximation ("GDP") is not offered: it underestimates.
 
-What is accounted may come from somebody else's ledger. So work is bounded: beyond ``MAX_EPSILON``,
-``MAX_MECHANISMS`` or ``MAX_STEPS``, where the distribution would take gigabytes or hours, the Renyi bound stands in
-for it. It holds as well, and is larger.
+What is accounted may come from somebody else's ledger. So work is bounded: beyond ``MAX_EPSILON`` or ``MAX_STEPS``,
+where the distribution would take gigabytes or hours, the Renyi bound stands in for it; beyond ``MAX_MECHANISMS`` the
+rarer ones are charged together, at their largest sampling rate and smallest noise. Both hold, and cost more.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Final
 
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.ledger.records import Charge
-from fedfuse_shared.privacy.mechanisms import merge
+from fedfuse_shared.privacy.mechanisms import Steps, charges_of, merge
 
 if TYPE_CHECKING:
     from dp_accounting.privacy_accountant import PrivacyAccountant
 
 MAX_EPSILON: Final = 100.0
 """Renyi epsilon above which no privacy loss distribution is computed."""
-MAX_MECHANISMS: Final = 64
-"""Most different mechanisms whose privacy loss distributions are composed."""
+MAX_MECHANISMS: Final = 32
+"""Most different mechanisms that are composed one by one."""
 MAX_STEPS: Final = 10**6
 """Most steps of one mechanism whose privacy loss distribution is composed."""
 
@@ -46,7 +46,7 @@ def epsilon(charges: Iterable[Charge], delta: float) -> float:
     Raises:
         ConfigError: delta does not lie between 0 and 1.
     """
-    return _pld(merge(charges), _checked(delta))
+    return _pld(_bounded(merge(charges)), _checked(delta))
 
 
 def epsilon_rdp(charges: Iterable[Charge], delta: float) -> float:
@@ -55,7 +55,7 @@ def epsilon_rdp(charges: Iterable[Charge], delta: float) -> float:
     Raises:
         ConfigError: delta does not lie between 0 and 1.
     """
-    return _rdp(merge(charges), _checked(delta))
+    return _rdp(_bounded(merge(charges)), _checked(delta))
 
 
 def fits(charges: Iterable[Charge], delta: float, cap: float) -> bool:
@@ -103,12 +103,22 @@ def _checked(delta: float) -> float:
     return delta
 
 
+def _bounded(charges: tuple[Charge, ...]) -> tuple[Charge, ...]:
+    """Return charges of few mechanisms that cost no less."""
+    if len(charges) <= MAX_MECHANISMS:
+        return charges
+    common = sorted(charges, key=lambda charge: -charge.steps)
+    kept, rest = common[: MAX_MECHANISMS - 1], common[MAX_MECHANISMS - 1 :]
+    rate = max(charge.sampling_rate for charge in rest)
+    sigma = min(charge.noise_multiplier for charge in rest)
+    steps = Steps({(rate, sigma): sum(charge.steps for charge in rest)})
+    return merge([*kept, *charges_of(steps)])
+
+
 @lru_cache(maxsize=4096)
 def _pld(charges: tuple[Charge, ...], delta: float) -> float:
     renyi = _rdp(charges, delta)
-    if not charges or renyi > MAX_EPSILON or len(charges) > MAX_MECHANISMS:
-        return renyi
-    if max(charge.steps for charge in charges) > MAX_STEPS:
+    if not charges or renyi > MAX_EPSILON or max(charge.steps for charge in charges) > MAX_STEPS:
         return renyi
     # A second to import: nobody waits for it who does not account.
     from dp_accounting import pld  # noqa: PLC0415

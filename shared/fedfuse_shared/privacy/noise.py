@@ -59,7 +59,7 @@ class NoiseSource:
         return self._generator.standard_normal(size)
 
     def poisson_mask(self, n: int, q: float) -> NDArray[np.bool_]:
-        """Return which of ``n`` records a step draws, each with probability ``floor(q * 2**64) / 2**64``, ``(n,)``."""
+        """Return which of ``n`` records a step draws, each with probability q rounded down to 64 bits, ``(n,)``."""
         self._check_process()
         if not 0 < q <= 1:
             raise ValueError("a sampling rate lies in (0, 1]")
