@@ -9,7 +9,7 @@ times, and the median of the pairwise ratios is reported.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -35,7 +35,8 @@ def machine() -> str:
         (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         f"model: {platform.processor()}",
     )
-    return f"{model.split(':', 1)[1].strip()}, {os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()}"
+    name = model.split(":", 1)[1].strip()
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()}"
 
 
 def commit() -> str:
@@ -74,7 +75,7 @@ def measure(entry: Entry) -> dict[str, object]:
         "command": f"make bench ONLY={entry.name}",
         "runs": [round(run, 4) for run in runs],
         "machine": machine(),
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "commit": commit(),
     }
 

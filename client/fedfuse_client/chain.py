@@ -229,11 +229,20 @@ class Chain:
         )
 
     def _check_cap(self, policy: SitePolicy, offer: Offer, before: list[datasets.Spent]) -> None:
-        # Only here: it takes a second to import, and phases that move keys need not wait for it.
-        from fedfuse_shared.privacy.accountant import epsilon  # noqa: PLC0415
+        """Refuse what would pass the cap.
+
+        One mechanism over and over is accounted by its privacy loss distribution. Where offers change (q, sigma) on
+        the way, that is no filter (Rogers et al. 2016); Renyi accounting is (Lecuyer 2021), so it is enforced then.
+        """
+        # Only here: they take a second to import, and phases that move keys need not wait for it.
+        from fedfuse_shared.privacy.accountant import epsilon_enforced  # noqa: PLC0415
+        from fedfuse_shared.privacy.budget import fits  # noqa: PLC0415
+        from fedfuse_shared.privacy.mechanisms import merge  # noqa: PLC0415
 
         charges = [*(item.charge for item in before), _charge(offer)]
-        projected = epsilon(charges, policy.delta)
+        if len(merge(charges)) == 1 and fits(charges, policy.delta, policy.epsilon_cap):
+            return
+        projected = epsilon_enforced(charges, policy.delta)
         if not projected <= policy.epsilon_cap:  # refuses NaN too
             raise BudgetError(
                 f"round {offer.round} would bring epsilon to {projected:.6g} of {policy.epsilon_cap} "

@@ -42,13 +42,15 @@ class SiteHome:
         return self.root / "store.db"
 
     def initialise(self) -> str:
-        """Make the folder and the site's key, and return the public half in hexadecimal.
+        """Make the folder, the site's key and its empty store, and return the key's public half in hexadecimal.
 
         Raises:
             StateError: a key is there already.
         """
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return create_key(self.key).public_key().public_bytes_raw().hex()
+        public = create_key(self.key).public_key().public_bytes_raw().hex()
+        SiteStore.open(self.store, create=True).close()
+        return public
 
     def load_policy(self) -> SitePolicy:
         """Return the site's policy.
@@ -83,9 +85,9 @@ class SiteHome:
         return Identity(policy.site, key, roster)
 
     def open_store(self) -> SiteStore:
-        """Return the site's store, made on first use.
+        """Return the site's store; a missing one is never replaced, because it is the memory of what was spent.
 
         Raises:
             StateError: it is damaged, or another process holds it.
         """
-        return SiteStore.open(self.store, create=True)
+        return SiteStore.open(self.store)

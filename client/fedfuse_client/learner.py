@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,9 +12,10 @@ from numpy.typing import NDArray
 from fedfuse_client.data.manifest import content_digest, load_dataset
 from fedfuse_client.policy import SitePolicy
 from fedfuse_client.store import SiteStore
-from fedfuse_shared.config.base import SERVER
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import SERVER, Modality
 from fedfuse_shared.crypto.keystream import Words
-from fedfuse_shared.errors import DataError, ProtocolError
+from fedfuse_shared.errors import DataError, PolicyError, ProtocolError
 from fedfuse_shared.offer import Offer
 from fedfuse_shared.secagg.quantise import quantise
 
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
     from fedfuse_shared.config.model import ModelConfig
     from fedfuse_shared.models import MultimodalClassifier
 
-MICROBATCH = 256
+log = logging.getLogger(__name__)
+
+MICROBATCH = 128
 """Records whose gradients are held at once; changes memory and speed, never a result or a guarantee."""
 
 
@@ -51,42 +56,83 @@ class Learner:
             self._identifier = store.register_dataset(content_digest(dataset, row) for row in rows)
         return self._identifier
 
+    def check_classes(self, offer: Offer) -> None:
+        """Refuse a model of other classes than the data set declares.
+
+        With fewer, a record of a missing class would decide whether this site can answer at all.
+
+        Raises:
+            PolicyError: the offer names other classes.
+        """
+        dataset, _ = self._load()
+        if offer.model.classes != tuple(dataset.info.classes):
+            raise PolicyError(
+                f"round {offer.round} trains other classes than this site's data set declares",
+                who=f"site {self._policy.site}",
+                advice="offer the data set's own classes",
+            )
+
     def check_weights(self, offer: Offer, raw: bytes) -> NDArray[np.float32]:
         """Return the global weights, shape ``(d,)``, if they and their layout are the ones the offer names.
 
         Raises:
-            ProtocolError: another length, hash or layout: this site is shown another model than the offer's.
+            ProtocolError: another length, hash or layout, weights that are not finite, or a model that asks for
+                more memory per record than ``limits.MAX_FEATURES``: this site is not charged for it.
         """
-        from fedfuse_shared.models import layout, model_hash  # noqa: PLC0415 - imports torch
+        from fedfuse_shared.models import model_hash, outline  # noqa: PLC0415 - imports torch
 
         weights = np.frombuffer(raw, dtype="<f4").astype(np.float32)
         if weights.shape != (offer.dimension(),) or model_hash(weights, offer.layout) != offer.model_hash:
             raise ProtocolError("sent another model than its offer names", who=SERVER)
-        if layout(self._model_for(offer)) != offer.layout:
+        if not np.isfinite(weights).all():
+            raise ProtocolError("sent weights that are not finite", who=SERVER)
+        layout, features = outline(offer.model)
+        if layout != offer.layout:
             raise ProtocolError("offers a layout that does not fit its model", who=SERVER)
+        if features > limits.MAX_FEATURES:
+            raise ProtocolError(
+                f"offers a model that holds {features} numbers per record, at most {limits.MAX_FEATURES} are held",
+                who=SERVER,
+            )
         return weights
 
     def update(self, offer: Offer, weights: NDArray[np.float32]) -> Words:
-        """Train from the global weights and return the quantised update, shape ``(d + tail,)``."""
+        """Train from the global weights and return the quantised update, shape ``(d + tail,)``.
+
+        Nothing refuses here any more: whether this site answers must not depend on its records. If training fails,
+        for want of memory say, an update of noise alone is sent, as if no record had been drawn.
+        """
+        try:
+            update = self._train(offer, weights, self._load()[1])
+        except Exception:
+            log.exception("round %s: training failed; noise alone is sent", offer.round)
+            self._tensors = None
+            update = self._train(offer, weights, ())
+        return quantise(update, frozenset(self._policy.modalities), offer)
+
+    def _train(
+        self, offer: Offer, weights: NDArray[np.float32], rows: tuple[Record, ...]
+    ) -> NDArray[np.float32]:
         from fedfuse_client.data.tensors import RecordTensors  # noqa: PLC0415 - imports torch
         from fedfuse_client.training import train_round  # noqa: PLC0415
         from fedfuse_shared.models import load_flat  # noqa: PLC0415
         from fedfuse_shared.privacy.noise import NoiseSource  # noqa: PLC0415
 
         if self._tensors is None or self._tensors[0] != offer.model:
-            dataset, rows = self._load()
-            self._tensors = offer.model, RecordTensors(dataset.folder, rows, offer.model)
+            tensors = RecordTensors(self._policy.data, rows, offer.model)
+            self._tensors = (offer.model, tensors) if rows else None
+        else:
+            tensors = self._tensors[1]
         model = self._model_for(offer)
         load_flat(model, weights)
-        update = train_round(
+        return train_round(
             model,
-            self._tensors[1],
+            tensors,
             privacy=offer.privacy,
             training=offer.training,
             noise=NoiseSource.fresh(),
             microbatch=MICROBATCH,
         )
-        return quantise(update, frozenset(self._policy.modalities), offer)
 
     def _model_for(self, offer: Offer) -> MultimodalClassifier:
         from fedfuse_shared.models import build_model  # noqa: PLC0415 - imports torch
@@ -99,7 +145,7 @@ class Learner:
         if self._rows is None:
             dataset = load_dataset(self._policy.data)
             wanted = set(self._policy.dataset_sites or (self._policy.site,))
-            rows = tuple(r for r in dataset.select(split="train") if r.site in wanted)
+            rows = tuple(self._declared(row) for row in dataset.select(split="train") if row.site in wanted)
             if not rows:
                 raise DataError(
                     f"no training rows of {', '.join(sorted(wanted))}",
@@ -108,3 +154,13 @@ class Learner:
                 )
             self._rows = dataset, rows
         return self._rows
+
+    def _declared(self, row: Record) -> Record:
+        """Return a row without the modalities this site does not declare to feed."""
+        declared = self._policy.modalities
+        return replace(
+            row,
+            text=row.text if Modality.TEXT in declared else None,
+            image=row.image if Modality.IMAGE in declared else None,
+            audio=row.audio if Modality.AUDIO in declared else None,
+        )

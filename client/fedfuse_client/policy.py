@@ -161,6 +161,7 @@ def check_offer(policy: SitePolicy, offer: Offer) -> None:
         _mechanism(policy, offer),
         _noise_source(policy, offer),
         _ring(offer),
+        _plan(policy, offer),
     )
     first = next(objections, None)
     if first is not None:
@@ -170,7 +171,7 @@ def check_offer(policy: SitePolicy, offer: Offer) -> None:
 
 
 def _identity(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
-    """Is it for this site, in this federation, under a plan it accepted?"""
+    """Is it for this site, in this federation?"""
     if offer.federation != policy.federation:
         yield _Objection(
             f"is for federation {offer.federation}, policy names {policy.federation}",
@@ -180,11 +181,6 @@ def _identity(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
         yield _Objection(
             f"names roster {offer.roster_hash[:16]}…, policy pins {policy.roster_hash[:16]}…",
             "ask the operator which roster is current and set roster_hash in policy.toml",
-        )
-    if policy.plans and offer.plan_hash not in policy.plans:
-        yield _Objection(
-            f"follows plan {offer.plan_hash[:16]}…, which policy does not list",
-            "review that plan and add its hash to plans in policy.toml or stay out",
         )
     if policy.site not in offer.participants:
         yield _Objection(
@@ -298,6 +294,15 @@ def _ring(offer: Offer) -> Iterator[_Objection]:
             f"could wrap: {n} sites times range {offer.clip_range} times scale {offer.scale} reaches 2^"
             f"{offer.ring_bits - 1}",
             "ask the coordinator for a smaller scale or clip_range",
+        )
+
+
+def _plan(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
+    """Is it a run this site accepted? Asked last: whatever else is wrong says more than a hash."""
+    if policy.plans and offer.plan_hash not in policy.plans:
+        yield _Objection(
+            f"follows plan {offer.plan_hash[:16]}…, which policy does not list",
+            "review that plan and add its hash to plans in policy.toml or stay out",
         )
 
 

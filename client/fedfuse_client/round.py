@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 _SAYABLE = (PolicyError, BudgetError, ProtocolError, VerificationError)
 """Errors whose text is made of public values alone (offer, policy, ledger, roster) and may leave the site."""
 
+LEAVES_PER_ANSWER = 1000
+"""Leaves of the chain handed over at once; the server asks again while there are more."""
 _MAX_REASON = 400
 _LENGTH = 8
 """Bytes that say how long a stored reply's message is; the vector follows it."""
@@ -59,6 +61,7 @@ class Site:
     def answer(self, step: Step, parcel: Parcel) -> Parcel:
         """Return the answer to one message; a problem is said in the answer and changes nothing it should not."""
         body, vector, problem = b"", b"", ""
+        leaves: tuple[bytes, ...] = ()
         try:
             if step is Step.HELLO:
                 body = self._introduce(parcel)
@@ -69,7 +72,10 @@ class Site:
         except Exception:  # whatever else went wrong may hold file names, rows or counts: those stay here
             log.exception("%s: step %s failed", self._policy.site, step.value)
             problem = "cannot take part in this step; the reason is in the site's own log"
-        leaves = tuple(self._chain.leaves_after(parcel.known))
+        if (
+            step is not Step.HELLO
+        ):  # the server does not know yet who asks, nor what it has of this site's chain
+            leaves = tuple(self._chain.leaves_after(parcel.known)[:LEAVES_PER_ANSWER])
         return Parcel(parcel.context, body, leaves, 0, vector, problem)
 
     # --- outside rounds -------------------------------------------------------------------------------------
@@ -85,6 +91,10 @@ class Site:
 
     # --- in a round -----------------------------------------------------------------------------------------
     def _in_round(self, step: Step, parcel: Parcel) -> tuple[bytes, bytes]:
+        if not parcel.leaves:
+            raise ProtocolError("does not show this site's last leaf on the ledger", who=SERVER)
+        # In every step: a store restored in the middle of a round would mask a second vector.
+        self._chain.check_head(parcel.leaves[-1], self._me.key.public_key().public_bytes_raw())
         answered = self._store.load_reply(parcel.context, step.value)
         if answered is not None:
             return _split(answered)
@@ -113,10 +123,9 @@ class Site:
             raise ProtocolError("sent an offer under another context", who=SERVER)
         if self._store.is_finished(parcel.context):
             raise ProtocolError("offers an attempt that is over", who=SERVER)
-        last = parcel.leaves[-1] if parcel.leaves else None
-        self._chain.check_head(last, self._me.key.public_key().public_bytes_raw())
         try:
             check_offer(self._policy, offer)
+            self._learner.check_classes(offer)
             self._chain.check_budget(self._policy, offer, self._learner.dataset(self._store))
         except (PolicyError, BudgetError) as problem:
             self._refuse(parcel.context, str(problem))

@@ -105,8 +105,9 @@ class Database:
                 fresh.touch(mode=0o600)
                 with _named(path):
                     connection = _connect(fresh)
-                    connection.execute("PRAGMA journal_mode = WAL")
+                    # The log comes last: on a full disk, closing would leave the schema in it without a word.
                     connection.executescript(f"BEGIN; {_SCHEMA} COMMIT")
+                    connection.execute("PRAGMA journal_mode = WAL")
                     connection.close()
                 with suppress(FileExistsError):
                     os.link(fresh, path)

@@ -66,11 +66,9 @@ class Attempt:
         """
         offer = self.envelope.body
         session = ServerSession(offer, self.roster, self.key, os.urandom)
-        # Each site is shown its own last leaf, so that one restored from an old backup notices.
         raw_offer = encode(self.envelope)
-        heads = {site: self.books.head(site)[1] for site in offer.participants}
-        shown = {site: Parcel(body=raw_offer, leaves=(raw,) if raw else ()) for site, raw in heads.items()}
-        present = self._collect(Step.KEYS, shown, lambda s, p: session.receive_keys(s, p.body))
+        offered = dict.fromkeys(offer.participants, Parcel(body=raw_offer))
+        present = self._collect(Step.KEYS, offered, lambda s, p: session.receive_keys(s, p.body))
         key_list = Parcel(body=session.key_list())
         self._collect(
             Step.SHARES, dict.fromkeys(present, key_list), lambda s, p: session.receive_dealing(s, p.body)
@@ -102,10 +100,11 @@ class Attempt:
         offer = self.envelope.body
         context = offer.context()
         names = {self.nodes[site]: site for site in parcels}
-        asked = {
-            node: replace(parcels[site], context=context, known=self.books.head(site)[0])
-            for node, site in names.items()
-        }
+        asked = {}
+        for node, site in names.items():
+            # Each site is shown its own last leaf, so that one restored from an old backup notices.
+            sequence, head = self.books.head(site)
+            asked[node] = replace(parcels[site], context=context, known=sequence, leaves=(head,))
         present = []
         for node, answer in self.exchange.ask(step, asked, f"{offer.round}.{offer.attempt}").items():
             site = names[node]

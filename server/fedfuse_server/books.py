@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedfuse_shared import limits
 from fedfuse_shared.config.base import SERVER
 from fedfuse_shared.envelope import Body, Envelope, decode, encode, seal, verify
 from fedfuse_shared.errors import ProtocolError
@@ -39,7 +40,14 @@ class Books:
     def __init__(self, path: Path, roster: Roster, key: Ed25519PrivateKey) -> None:
         self._roster = roster
         self._key = key
-        self._heads: dict[str, tuple[int, str, bytes]] = {}
+        self._heads: dict[str, bytes] = {}
+        """Each site's last leaf."""
+        self._links: defaultdict[str, list[str]] = defaultdict(list)
+        """Each site's chain as link hashes, so that a fork shows wherever it begins."""
+        self._offered: dict[str, frozenset[str]] = {}
+        """Participants of every attempt ever offered, by context."""
+        self._written: set[tuple[str, str, str]] = set()
+        """Site, kind and context of every leaf of an attempt: one of each."""
         self.standing: dict[str, Offer] = {}
         """Offers that have no close yet, by context."""
         self.attempts: Counter[int] = Counter()
@@ -53,7 +61,7 @@ class Books:
         kind = kind_of(raw)
         if kind in SITE_LEAVES:
             envelope = decode(raw, SITE_LEAVES[kind], who=who)
-            self._heads[envelope.author] = (envelope.body.seq, link(envelope), raw)
+            self._accept(envelope)
         elif kind == Offer.kind:
             self._note(decode(raw, Offer, who=who))
         elif kind == Close.kind:
@@ -63,6 +71,7 @@ class Books:
         body = envelope.body
         if isinstance(body, Offer):
             self.standing[body.context()] = body
+            self._offered[body.context()] = frozenset(body.participants)
             self.attempts[body.round] = max(self.attempts[body.round], body.attempt)
         elif isinstance(body, Close):
             self.standing.pop(body.context, None)
@@ -78,8 +87,7 @@ class Books:
 
     def head(self, site: str) -> tuple[int, bytes]:
         """Return the sequence number and bytes of a site's last leaf on the ledger; 0 and nothing before any."""
-        sequence, _, raw = self._heads.get(site, (0, FIRST_LINK, b""))
-        return sequence, raw
+        return len(self._links[site]), self._heads.get(site, b"")
 
     def append(self, *envelopes: Envelope[Any]) -> None:
         """Append leaves of the operator or the server; durable when it returns."""
@@ -97,36 +105,71 @@ class Books:
         """Append what continues a site's chain and return it; what is already on the ledger is passed over.
 
         Raises:
-            ProtocolError: a leaf is not the site's own, or does not continue its chain.
+            ProtocolError: a leaf is not the site's own, does not continue its chain, or belongs to no attempt it
+                was offered.
             VerificationError: a signature does not hold.
         """
-        sequence, last, raw_last = self._heads.get(site, (0, FIRST_LINK, b""))
+        links = self._links[site]
         fresh: list[Envelope[SiteLeaf]] = []
+        last = links[-1] if links else FIRST_LINK
         for raw in leaves:
-            body_type = SITE_LEAVES.get(kind_of(raw))
-            if body_type is None:
-                raise ProtocolError("sent a leaf of a kind no site may write", who=site)
-            envelope = decode(raw, body_type, who=site)
-            if envelope.author != site:
-                raise ProtocolError(f"sent a leaf of {envelope.author}", who=site)
-            if envelope.body.seq <= sequence:
-                if envelope.body.seq == sequence and raw != raw_last:
+            envelope = self._open(site, raw)
+            known, here = len(links) + len(fresh), link(envelope)
+            if envelope.body.seq <= len(links):
+                if links[envelope.body.seq - 1] != here:
                     raise ProtocolError(
-                        f"has two different leaves with sequence number {sequence}",
+                        f"has two different leaves with sequence number {envelope.body.seq}",
                         who=site,
-                        advice="two copies of this site run, or an old backup was restored: stop it and investigate",
+                        advice="two copies of it run, or an old backup was restored: stop it and investigate",
                     )
                 continue
+            if envelope.body.seq != known + 1 or envelope.body.prev != last:
+                raise ProtocolError(f"sent a leaf that does not continue its chain at {known}", who=site)
+            self._check_attempt(envelope, fresh)
             verify(envelope, self._roster.key_of(site))
-            if envelope.body.seq != sequence + 1 or envelope.body.prev != last:
-                raise ProtocolError(f"sent a leaf that does not continue its chain at {sequence}", who=site)
-            sequence, last, raw_last = envelope.body.seq, link(envelope), raw
+            last = here
             fresh.append(envelope)
         if fresh:
             self._log.append(fresh)
-            self._heads[site] = (sequence, last, encode(fresh[-1]))
+            for envelope in fresh:
+                self._accept(envelope)
         return fresh
+
+    def _open(self, site: str, raw: bytes) -> Envelope[SiteLeaf]:
+        kind = kind_of(raw)
+        if kind not in SITE_LEAVES:
+            raise ProtocolError("sent a leaf of a kind no site may write", who=site)
+        envelope = decode(raw, SITE_LEAVES[kind], who=site, limit=limits.MAX_SITE_LEAF)
+        if envelope.author != site:
+            raise ProtocolError(f"sent a leaf of {envelope.author}", who=site)
+        return envelope
+
+    def _check_attempt(self, envelope: Envelope[SiteLeaf], fresh: Sequence[Envelope[SiteLeaf]]) -> None:
+        """Refuse what an auditor would hold against the server: leaves of no offer, and second ones of a kind."""
+        key = _attempt_of(envelope)
+        if key is None:
+            return
+        site, kind, context = key
+        if site not in self._offered.get(context, ()):
+            raise ProtocolError(f"wrote a {kind} for an attempt it was not offered", who=site)
+        if key in self._written or key in map(_attempt_of, fresh):
+            raise ProtocolError(f"wrote a second {kind} for one attempt", who=site)
+
+    def _accept(self, envelope: Envelope[SiteLeaf]) -> None:
+        site = envelope.author
+        self._links[site].append(link(envelope))
+        self._heads[site] = encode(envelope)
+        key = _attempt_of(envelope)
+        if key is not None:
+            self._written.add(key)
 
     def checkpoint(self) -> None:
         """Sign the ledger's size and root and write them beside it."""
         self._log.checkpoint(self._roster.federation, self._key)
+
+
+def _attempt_of(envelope: Envelope[SiteLeaf]) -> tuple[str, str, str] | None:
+    body = envelope.body
+    if isinstance(body, Reservation | Refusal | Receipt):
+        return envelope.author, body.kind, body.context
+    return None

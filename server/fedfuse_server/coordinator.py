@@ -21,7 +21,7 @@ from fedfuse_server.plan import Plan, resolve
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import SERVER
 from fedfuse_shared.envelope import decode, encode, seal, verify
-from fedfuse_shared.errors import ConfigError, ProtocolError, RoundAborted, VerificationError
+from fedfuse_shared.errors import ConfigError, ProtocolError, RoundAborted, VerificationError, WrongDealer
 from fedfuse_shared.ledger.records import Close, Outcome
 from fedfuse_shared.messages import Hello, Introduction, Step
 from fedfuse_shared.models import build_model, flatten, layout, model_hash
@@ -104,7 +104,6 @@ class Coordinator:
                 if reply.author in self._nodes or reply.body.model_dump() != hello.model_dump():
                     raise ProtocolError("introduced itself wrongly or twice", who=reply.author)
                 verify(reply, self._roster.key_of(reply.author))
-                self._books.take(reply.author, answer.leaves)
                 self._nodes[reply.author] = node
             except (ProtocolError, VerificationError) as problem:
                 tell(SiteLeftOut(0, problem.who or f"node {node}", Step.HELLO.value, problem.message))
@@ -113,18 +112,23 @@ class Coordinator:
                 f"{len(self._nodes)} enrolled sites answered, secure aggregation needs at least {limits.MIN_SITES}",
                 advice="start more sites, or look at the sites' logs",
             )
+        self._settle()
 
     def _settle(self) -> None:
-        """Collect leaves that were written but whose reply was lost, so that no charge is missing in the log."""
-        asked = {node: Parcel(known=self._books.head(site)[0]) for site, node in self._nodes.items()}
+        """Collect leaves whose reply was lost, page by page, so that no charge is missing in the log."""
         names = {node: site for site, node in self._nodes.items()}
-        for node, answer in self._exchange.ask(Step.SETTLE, asked, "settle").items():
-            try:
-                if isinstance(answer, ProtocolError):
-                    raise answer
-                self._books.take(names[node], answer.leaves)
-            except (ProtocolError, VerificationError) as problem:
-                tell(SiteLeftOut(self._state.round, names[node], Step.SETTLE.value, problem.message))
+        while names:
+            asked = {node: Parcel(known=self._books.head(site)[0]) for node, site in names.items()}
+            for node, answer in self._exchange.ask(Step.SETTLE, asked, "settle").items():
+                site = names[node]
+                try:
+                    if isinstance(answer, ProtocolError):
+                        raise answer
+                    if self._books.take(site, answer.leaves):
+                        continue  # there may be more
+                except (ProtocolError, VerificationError) as problem:
+                    tell(SiteLeftOut(self._state.round, site, Step.SETTLE.value, problem.message))
+                del names[node]
 
     # --- one round ------------------------------------------------------------------------------------------
     def _round(self, number: int) -> bool:
@@ -162,15 +166,16 @@ class Coordinator:
         attempt = Attempt(self._exchange, self._books, self._nodes, envelope, self._roster, self._key)
         try:
             session = attempt.run(self._state.model.weights.astype("<f4").tobytes())
+            self._apply(offer, session)
+        except WrongDealer as problem:
+            # Proven by its own signatures: it is not asked again in this run.
+            self._out.add(str(problem.who))
+            raise
         finally:
             self._out |= attempt.refused
-        self._apply(offer, session)
 
     def _apply(self, offer: Offer, session: ServerSession) -> None:
-        try:
-            update, _ = average(session.open(), offer, len(session.vectors))
-        except ProtocolError as problem:
-            raise RoundAborted(problem.message, who=f"round {offer.round}") from problem
+        update, _ = average(session.open(), offer, len(session.vectors))
         model = self._state.model
         model.apply(update, self._config.aggregation)
         agreement = session.agreement()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedfuse_shared import limits
 from fedfuse_shared.config.base import Trust
 from fedfuse_shared.config.federation import RunConfig
-from fedfuse_shared.envelope import canonical
+from fedfuse_shared.config.privacy import PrivacyConfig
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.offer import Offer, RoundPrivacy, Segment
+from fedfuse_shared.offer import plan_hash as offered_plan
 from fedfuse_shared.privacy.calibration import noise_multiplier
 from fedfuse_shared.roster import Roster
 from fedfuse_shared.secagg.bounds import Bounds, choose
@@ -41,12 +40,72 @@ def resolve(config: RunConfig) -> RunConfig:
 
 
 def plan_hash(config: RunConfig) -> str:
-    """Return the hash of everything in the settings that bears on the result or its privacy (hexadecimal).
+    """Return the hash by which a site's policy pins the offers of a run (hexadecimal).
 
-    Performance settings stay out: changing one can never change a guarantee.
+    Raises:
+        ConfigError: the noise multiplier is not set.
     """
-    bearing = config.model_dump(mode="json", exclude={"performance"})
-    return hashlib.sha256(limits.LABEL_PLAN + canonical(bearing)).hexdigest()
+    return offered_plan(
+        config.federation,
+        config.model,
+        config.training,
+        round_privacy(config.privacy),
+        config.secure_aggregation.clip_range,
+    )
+
+
+def round_privacy(privacy: PrivacyConfig) -> RoundPrivacy:
+    """Return the privacy constants every offer of a run carries.
+
+    Raises:
+        ConfigError: the noise multiplier is not set.
+    """
+    if privacy.noise_multiplier is None:
+        raise ConfigError("the noise multiplier is not set", advice="resolve the settings before planning")
+    return RoundPrivacy(
+        trust=privacy.trust,
+        sampling_rate=privacy.sampling_rate,
+        steps=privacy.steps_per_round,
+        clip=privacy.clip,
+        noise_multiplier=privacy.noise_multiplier,
+        noise_share=privacy.noise_multiplier,
+        noise_sites=1,
+        expected_batch_size=privacy.expected_batch_size,
+        delta=privacy.delta,
+    )
+
+
+def cohort(config: RunConfig, sites: int) -> int:
+    """Return how many sites take part in a round while all are willing."""
+    return min(config.sites_per_round or sites, sites)
+
+
+def bounds_for(config: RunConfig, sites: int, participants: int) -> Bounds:
+    """Return the secure-aggregation bounds of a round, which do not get weaker when sites stay away.
+
+    Args:
+        config: The run's settings.
+        sites: Enrolled sites.
+        participants: Sites in this round; fewer than the cohort when some refused or were left out.
+
+    Raises:
+        ConfigError: the configured bounds do not fit.
+    """
+    wanted = config.secure_aggregation
+    full = choose(
+        cohort(config, sites),
+        threshold=wanted.threshold,
+        colluders=wanted.colluders,
+        min_survivors=wanted.min_survivors,
+    )
+    if participants >= full.participants:
+        return full
+    return choose(
+        participants,
+        threshold=wanted.threshold,
+        colluders=full.colluders,
+        min_survivors=full.min_survivors,
+    )
 
 
 @dataclass(frozen=True)
@@ -64,13 +123,7 @@ class Plan:
         Raises:
             ConfigError: the configured bounds do not fit that many.
         """
-        wanted = self.config.secure_aggregation
-        return choose(
-            participants,
-            threshold=wanted.threshold,
-            colluders=wanted.colluders,
-            min_survivors=wanted.min_survivors,
-        )
+        return bounds_for(self.config, len(self.roster.sites), participants)
 
     def offer(self, *, number: int, attempt: int, model_hash: str, participants: Sequence[str]) -> Offer:
         """Return the offer of one attempt at one round.
@@ -86,7 +139,6 @@ class Plan:
             round=number,
             attempt=attempt,
             roster_hash=self.roster.hash(),
-            plan_hash=plan_hash(self.config),
             model_hash=model_hash,
             model=self.config.model,
             training=self.config.training,
@@ -98,23 +150,5 @@ class Plan:
             ring_bits=32,
             scale=largest_scale(len(participants), secure.clip_range, 32),
             clip_range=secure.clip_range,
-            privacy=self._privacy(),
-        )
-
-    def _privacy(self) -> RoundPrivacy:
-        privacy = self.config.privacy
-        if privacy.noise_multiplier is None:
-            raise ConfigError(
-                "the noise multiplier is not set", advice="resolve the settings before planning"
-            )
-        return RoundPrivacy(
-            trust=privacy.trust,
-            sampling_rate=privacy.sampling_rate,
-            steps=privacy.steps_per_round,
-            clip=privacy.clip,
-            noise_multiplier=privacy.noise_multiplier,
-            noise_share=privacy.noise_multiplier,
-            noise_sites=1,
-            expected_batch_size=privacy.expected_batch_size,
-            delta=privacy.delta,
+            privacy=round_privacy(self.config.privacy),
         )

@@ -17,14 +17,18 @@ GROUP = "fedfuse.commands"
 SUMMARIES = {
     "simulate": "Run a whole federation on this machine: sites, privacy, secure aggregation, ledger.",
     "audit": "Check a ledger and recompute every site's spent privacy, trusting nobody.",
+    "predict": "Classify one record with a run's global model.",
     "evaluate": "Score a run's global model on test rows.",
-    "data": "Check or describe a data folder.",
+    "data": "Check and describe a folder of data.",
 }
 
 EPILOG = (
     "Start with [bold]fedfuse simulate[/bold] (no data needed), then [bold]fedfuse audit RUN/ledger.jsonl[/bold]. "
     "Exit codes: 0 fine, 1 findings or failed work, 2 bad usage or input."
 )
+
+
+_ROOM = "free some room and try again; a run that was stopped goes on with `fedfuse simulate --resume RUN`"
 
 
 class LazyGroup(TyperGroup):
@@ -107,13 +111,19 @@ def root(
 
 
 def main() -> None:
-    """Run the command line; FedfuseError becomes one line on standard error and its exit code."""
+    """Run the command line; what a user can mend becomes one line on standard error and an exit code."""
     try:
         app()
     except Exception as problem:
         # Imported late: on the good path nobody needs it.
         from fedfuse_shared.errors import FedfuseError  # noqa: PLC0415
+        from fedfuse_shared.files import is_disk_full  # noqa: PLC0415
 
+        if is_disk_full(problem):
+            where = f"{problem.who}: " if isinstance(problem, FedfuseError) and problem.who else ""
+            said = problem.message if isinstance(problem, FedfuseError) else problem
+            typer.echo(f"error: disk full: {where}{said}; {_ROOM}", err=True)
+            sys.exit(2)
         if not isinstance(problem, FedfuseError):
             raise
         typer.echo(f"error: {problem}", err=True)

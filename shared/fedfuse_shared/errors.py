@@ -60,3 +60,7 @@ class StateError(FedfuseError):
 
 class RoundAborted(FedfuseError):  # noqa: N818 - an outcome of a round, not a malfunction
     """Too few sites were left for the round to be opened."""
+
+
+class WrongDealer(RoundAborted):
+    """A site's own signatures prove that it dealt shares of something else than it announced; ``who`` names it."""

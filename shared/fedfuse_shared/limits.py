@@ -9,8 +9,8 @@ MAX_MESSAGE: Final = 16 * 2**20
 """Largest signed message a peer may send; masked vectors travel beside it and have their own bound."""
 MAX_LEDGER_LINE: Final = MAX_MESSAGE
 """Largest line of a ledger file: a leaf is a signed message."""
-MAX_JSON_DEPTH: Final = 16
-"""Deepest nesting of any JSON value (levels)."""
+MAX_SITE_LEAF: Final = 256 * 2**10
+"""Largest leaf a site may write; a reservation that lists a thousand mechanisms has about 100 kB."""
 MAX_VECTOR: Final = 2**28
 """Longest update vector (coordinates)."""
 MAX_SITES: Final = 100
@@ -29,6 +29,8 @@ MAX_AUDIO_SECONDS: Final = 600.0
 """Longest recording that is decoded (seconds)."""
 MAX_FILE: Final = 200 * 2**20
 """Largest image or audio file that is opened (bytes)."""
+MAX_FEATURES: Final = 2**18
+"""Most numbers per record and modality that a model may ask a site to hold; what it needs must not tell the count."""
 MAX_TEXT: Final = 100_000
 """Longest text cell (characters)."""
 

@@ -44,6 +44,14 @@ class RoundPrivacy(Frozen):
     delta: Delta
 
 
+def plan_hash(
+    federation: str, model: ModelConfig, training: TrainingConfig, privacy: RoundPrivacy, clip_range: float
+) -> str:
+    """Return the hash of everything in an offer that is the same in every round (SHA-256, hexadecimal)."""
+    parts = [part.model_dump(mode="json") for part in (model, training, privacy)]
+    return hashlib.sha256(limits.LABEL_PLAN + canonical([federation, *parts, clip_range])).hexdigest()
+
+
 class Offer(Body):
     """Everything a site needs to know, to check and to agree to before it takes part in a round."""
 
@@ -54,8 +62,6 @@ class Offer(Body):
     round: Annotated[int, Field(ge=1, le=10**9)]
     attempt: Annotated[int, Field(ge=1, le=10**6)]
     roster_hash: Hex32
-    plan_hash: Hex32
-    """Hash of the run's whole configuration, so that a site's policy may pin it."""
     model_hash: Hex32
     """Hash of the global weights the round starts from."""
     model: ModelConfig
@@ -72,6 +78,11 @@ class Offer(Body):
     """Steps of the fixed-point grid per unit."""
     clip_range: Positive
     privacy: RoundPrivacy
+
+    @property
+    def plan_hash(self) -> str:
+        """What a site's policy may pin: computed from the offer itself, never taken from the server's word."""
+        return plan_hash(self.federation, self.model, self.training, self.privacy, self.clip_range)
 
     def context(self) -> str:
         """Return the hash that binds every message of this attempt (SHA-256, hexadecimal)."""

@@ -18,6 +18,8 @@ _RECORD: Final = "fedfuse"
 _VECTOR: Final = "vector"
 _STYPE: Final = "fedfuse.raw"
 _MAX_LEAVES: Final = 10_000
+_MAX_KNOWN: Final = 2**53 - 1
+_MAX_LEAVES_BYTES: Final = 64 * 2**20
 _MAX_PROBLEM: Final = 400
 
 
@@ -77,13 +79,15 @@ def unpack(records: RecordDict, *, who: str) -> Parcel:
         raise ProtocolError("sent a malformed problem", who=who)
     if not isinstance(leaves, list) or len(leaves) > _MAX_LEAVES:
         raise ProtocolError("sent malformed leaves", who=who)
-    if not isinstance(known, int) or isinstance(known, bool) or known < 0:
+    if not isinstance(known, int) or isinstance(known, bool) or not 0 <= known <= _MAX_KNOWN:
         raise ProtocolError("sent a malformed sequence number", who=who)
     checked = []
     for leaf in leaves:
-        if not isinstance(leaf, bytes) or len(leaf) > limits.MAX_LEDGER_LINE:
+        if not isinstance(leaf, bytes) or len(leaf) > limits.MAX_SITE_LEAF:
             raise ProtocolError("sent a malformed leaf", who=who)
         checked.append(leaf)
+    if sum(map(len, checked)) > _MAX_LEAVES_BYTES:
+        raise ProtocolError("sent more leaves than a message may hold", who=who)
     return Parcel(context, body, tuple(checked), known, _vector(records, who), problem)
 
 

@@ -40,7 +40,12 @@ def simulate(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of initial weights and scenario data, never of noise or keys.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="inline: all sites in this process.")] = "inline",
+    engine: Annotated[
+        str, typer.Option(help="inline: all sites in this process; ray: in Ray's worker processes.")
+    ] = "inline",
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster that sees this run's folder; left out: Ray on this machine.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Run a whole federation on this machine: sites, privacy, secure aggregation, ledger.
@@ -81,6 +86,7 @@ def simulate(
         data=data.resolve() if data else None,
         scenario=scenario,
         engine=engine,
+        ray_address=ray_address,
         dropout=dropout,
         settings=gather(config, changes),
     )
@@ -105,3 +111,25 @@ def evaluate(
     from fedfuse_simulations.session import run_evaluation
 
     run_evaluation(run, data, json=json)
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    text: Annotated[str | None, typer.Option(help="The record's text itself.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The record's image, a file.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="The record's recording, a file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Classify one record with a run's global model.
+
+    Give what the record has of text, image and audio, at least one; what is left out is treated as missing, as in
+    training.
+
+    For example:
+
+      fedfuse predict runs/first --image seven.png
+      fedfuse predict runs/first --text "seven of them" --audio seven.wav --json
+    """
+    from fedfuse_simulations.prediction import run_prediction
+
+    run_prediction(run, text=text, image=image, audio=audio, json=json)

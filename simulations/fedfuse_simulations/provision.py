@@ -7,10 +7,8 @@ from pathlib import Path
 
 from fedfuse_client.home import SiteHome
 from fedfuse_client.policy import SitePolicy
-from fedfuse_client.store import SiteStore
 from fedfuse_server.home import RunHome
-from fedfuse_server.plan import plan_hash
-from fedfuse_shared import limits
+from fedfuse_server.plan import bounds_for, cohort, plan_hash
 from fedfuse_shared.config.base import OPERATOR, Modality
 from fedfuse_shared.config.federation import RunConfig
 from fedfuse_shared.config.files import save_toml
@@ -20,7 +18,6 @@ from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.files import write_durably
 from fedfuse_shared.keyfile import create_key
 from fedfuse_shared.roster import Roster
-from fedfuse_shared.secagg.bounds import choose
 
 
 def provision(
@@ -38,22 +35,10 @@ def provision(
         modalities: What every site declares to feed.
 
     Raises:
-        ConfigError: fewer than three sites, or bounds that do not fit their number.
+        ConfigError: the bounds of secure aggregation do not fit the number of sites.
     """
-    if len(sites) < limits.MIN_SITES:
-        raise ConfigError(
-            f"{len(sites)} sites; secure aggregation needs at least {limits.MIN_SITES}",
-            who=str(data),
-            advice="with two, each would learn the other's update from the sum",
-        )
-    secure = config.secure_aggregation
-    cohort = min(config.sites_per_round or len(sites), len(sites))
-    bounds = choose(
-        cohort,
-        threshold=secure.threshold,
-        colluders=secure.colluders,
-        min_survivors=secure.min_survivors,
-    )
+    full = bounds_for(config, len(sites), cohort(config, len(sites)))
+    least = bounds_for(config, len(sites), full.min_survivors)
     noise = config.privacy.noise_multiplier
     if noise is None:
         raise ConfigError(
@@ -81,10 +66,11 @@ def provision(
             modalities=modalities,
             epsilon_cap=config.privacy.epsilon,
             delta=config.privacy.delta,
-            min_participants=cohort,
-            min_survivors=bounds.min_survivors,
-            min_threshold=bounds.threshold,
-            min_colluders=bounds.colluders,
+            # A round may go on with as many sites as may be opened over, under bounds no weaker than those.
+            min_participants=least.participants,
+            min_survivors=least.min_survivors,
+            min_threshold=least.threshold,
+            min_colluders=least.colluders,
             trust=(config.privacy.trust,),
             min_noise_multiplier=noise,
             max_sampling_rate=config.privacy.sampling_rate,
@@ -93,7 +79,6 @@ def provision(
             plans=(plan_hash(config),),
         )
         save_toml(folder.policy, policy)
-        SiteStore.open(folder.store, create=True).close()
     save_toml(home.config, config)
 
 

@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+from rich.console import Console
+from rich.progress import Progress
 
+from fedfuse_client.data.check import check_folder
 from fedfuse_client.data.info import read_info
 from fedfuse_client.data.manifest import Dataset, DatasetInfo, load_dataset
 from fedfuse_server.home import RunHome
 from fedfuse_server.plan import resolve
+from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen
 from fedfuse_shared.config.federation import RunConfig
 from fedfuse_shared.config.files import load_toml, save_toml
-from fedfuse_shared.errors import ConfigError
+from fedfuse_shared.errors import ConfigError, DataError
+from fedfuse_shared.files import is_disk_full
+from fedfuse_shared.secagg.bounds import choose
 from fedfuse_simulations.provision import provision, site_folders
-from fedfuse_simulations.scenarios import SCENARIOS
+from fedfuse_simulations.scenarios import SCENARIOS, Scenario
 from fedfuse_simulations.settings import complete
 
 FILE = "simulation.toml"
@@ -31,7 +37,9 @@ class Simulation(Frozen):
     data: Path | None = None
     """The data folder of all sites; none: the scenario's, written into the run's folder."""
     scenario: str = "digits"
-    engine: Literal["inline"] = "inline"
+    engine: Literal["inline", "ray"] = "inline"
+    ray_address: str | None = None
+    """The Ray cluster of engine ``ray``; none: Ray on this machine."""
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Chance that a site's reply in an exchange is lost."""
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -65,20 +73,27 @@ def begin(home: RunHome, simulation: Simulation) -> None:
     """Write a new simulation down; nothing of it exists before.
 
     Raises:
-        ConfigError: the folder is in use, or there is no such scenario.
+        ConfigError: the folder is in use, or cannot be written.
     """
+    if home.root.exists() and not home.root.is_dir():
+        raise ConfigError("is not a folder", who=str(home.root), advice="choose another with --out")
     if home.root.exists() and any(home.root.iterdir()):
         raise ConfigError(
             "is not empty",
             who=str(home.root),
             advice="choose another folder with --out, or go on with that run: --resume",
         )
-    if simulation.data is None and simulation.scenario not in SCENARIOS:
+    try:
+        home.root.mkdir(parents=True, exist_ok=True)
+        save_toml(home.root / FILE, simulation)
+    except OSError as problem:
+        if is_disk_full(problem):
+            raise
         raise ConfigError(
-            f"there is no scenario {simulation.scenario!r}", advice=f"there are: {', '.join(SCENARIOS)}"
-        )
-    home.root.mkdir(parents=True, exist_ok=True)
-    save_toml(home.root / FILE, simulation)
+            f"cannot be written ({problem.strerror})",
+            who=str(home.root),
+            advice="choose another folder with --out",
+        ) from problem
 
 
 def prepare(home: RunHome, simulation: Simulation, say: Callable[[str], None]) -> Prepared:
@@ -95,7 +110,7 @@ def prepare(home: RunHome, simulation: Simulation, say: Callable[[str], None]) -
     """
     data = simulation.data_folder(home)
     if not data.exists() and simulation.data is None:
-        scenario = SCENARIOS[simulation.scenario]
+        scenario = _scenario(simulation)
         say(f"writing scenario {simulation.scenario}: {scenario.description}")
         seed = simulation.settings.get("seed", 0)
         scenario.write(data, seed=seed if isinstance(seed, int) else 0)
@@ -115,27 +130,79 @@ def prepare(home: RunHome, simulation: Simulation, say: Callable[[str], None]) -
 
 
 def check_early(simulation: Simulation) -> None:
-    """Refuse wrong settings before anything is written.
+    """Refuse settings and data that a run would fail on, before anything is written.
 
     Raises:
-        ConfigError: a setting is wrong, or the data folder has no usable description.
+        ConfigError: a setting is wrong or does not fit the data.
+        DataError: something in the data folder cannot be used.
     """
-    info = None
-    if simulation.data is not None:
-        found = read_info(simulation.data)
-        if not isinstance(found, DatasetInfo):
-            load_dataset(simulation.data)  # raises, naming the first problem
-        info = found if isinstance(found, DatasetInfo) else None
-    complete(simulation.settings, info)
+    if simulation.data is None:
+        config, sites = complete(simulation.settings, None), _scenario(simulation).sites
+    else:
+        info = read_info(simulation.data)
+        config = complete(simulation.settings, info if isinstance(info, DatasetInfo) else None)
+        dataset = check_data(simulation.data)
+        _check_rows(dataset, simulation.data)
+        sites = len(dataset.sites())
+    secure = config.secure_aggregation
+    choose(
+        min(config.sites_per_round or sites, sites),
+        threshold=secure.threshold,
+        colluders=secure.colluders,
+        min_survivors=secure.min_survivors,
+    )
+    resolve(config)
+
+
+def check_data(folder: Path) -> Dataset:
+    """Return a data set every file of which was opened; progress goes to standard error.
+
+    Raises:
+        DataError: the first problem of the folder, with its file and row, and how many more there are.
+    """
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("opening files", total=None)
+        problems = check_folder(
+            folder, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if problems:
+        more = f"and {len(problems) - 1} more" if len(problems) > 1 else "that is all"
+        raise DataError(
+            problems[0].message,
+            who=f"{folder / problems[0].where}",
+            advice=f"{more}; `fedfuse data check {folder}` lists every problem",
+        )
+    return load_dataset(folder)
+
+
+def _scenario(simulation: Simulation) -> Scenario:
+    if simulation.scenario not in SCENARIOS:
+        raise ConfigError(
+            f"there is no scenario {simulation.scenario!r}", advice=f"there are: {', '.join(SCENARIOS)}"
+        )
+    return SCENARIOS[simulation.scenario]
 
 
 def _check_rows(dataset: Dataset, data: Path) -> None:
-    for name in dataset.sites():
+    sites = dataset.sites()
+    if len(sites) < limits.MIN_SITES:
+        raise DataError(
+            f"{len(sites)} site{'s' if len(sites) > 1 else ''} in the site column; secure aggregation needs at "
+            f"least {limits.MIN_SITES}",
+            who=str(data / dataset.manifest),
+            advice="with two, each would learn the other's update from the sum",
+        )
+    for name in sites:
         if not dataset.select(site=name, split="train"):
-            raise ConfigError(
-                f"site {name} has no training rows", who=str(data), advice="give it some or remove its rows"
+            raise DataError(
+                f"site {name} has no training rows",
+                who=str(data / dataset.manifest),
+                advice="give it some or remove its rows",
             )
     if not dataset.select(split="test"):
-        raise ConfigError(
-            "there are no test rows to score with", who=str(data), advice="set split to test in some rows"
+        raise DataError(
+            "there are no test rows to score with",
+            who=str(data / dataset.manifest),
+            advice="set split to test in some rows",
         )

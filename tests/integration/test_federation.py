@@ -38,7 +38,7 @@ def honest(tmp_path_factory):
         {
             "rounds": 6,
             "privacy": {
-                "noise_multiplier": 1.0,
+                "noise_multiplier": 1.2,
                 "epsilon": 60.0,
                 "sampling_rate": 0.5,
                 "steps_per_round": 4,
@@ -157,8 +157,8 @@ def test_too_many_dropouts_abort_the_attempt_and_a_new_one_opens_the_round(tmp_p
 
 
 def test_a_spent_budget_ends_the_run_and_is_on_the_ledger(tmp_path):
-    # sigma 4, q 0.25: two steps fit under the cap, a third does not.
-    charge = Charge(sampling_rate=0.25, noise_multiplier=4.0, steps=2)
+    # Two steps fit under the cap, a third does not.
+    charge = Charge(sampling_rate=0.5, noise_multiplier=4.0, steps=2)
     cap = epsilon([charge], 1e-5) + 1e-9
     federation = SmallFederation(tmp_path, {"rounds": 5, "privacy": {"epsilon": cap}})
     federation.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.federation import Federation
@@ -47,6 +48,7 @@ def attempt(builder: LedgerBuilder, data: st.DataObject, number: int) -> tuple[b
     return opened, fates
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_honest_ledgers_have_no_findings(data: st.DataObject) -> None:

@@ -18,6 +18,7 @@ from fedfuse_shared.envelope import encode, seal
 from fedfuse_shared.ledger.records import FIRST_LINK, Charge, Close, Outcome, Receipt, Refusal, Reservation
 from fedfuse_shared.ledger.verification import verify_ledger
 from fedfuse_shared.ledger.verification_report import MAX_FINDINGS, Code, Report
+from fedfuse_shared.privacy.accountant import epsilon, epsilon_rdp
 
 Attack = Callable[[], Report]
 ATTACKS: dict[str, tuple[set[str], Attack]] = {}
@@ -265,7 +266,7 @@ def offer_logged_twice() -> Report:
 def two_offers_for_one_attempt() -> Report:
     builder = started()
     builder.abort(builder.offer())
-    builder.abort(builder.offer(round=builder.round_number, plan_hash="e" * 64))
+    builder.abort(builder.offer(round=builder.round_number, clip_range=2.0))
     return ended(builder)
 
 
@@ -394,6 +395,22 @@ def site_that_trains_past_its_cap() -> Report:
     for _ in range(6):
         builder.round()
     return builder.audit()
+
+
+@attack(Code.OVER_CAP)
+def parameters_changed_to_slip_under_the_cap() -> Report:
+    """Epsilon for a schedule fixed beforehand stays below the cap; what is enforced where it changes does not."""
+    one = Charge(sampling_rate=0.25, noise_multiplier=4.0, steps=1)
+    other = Charge(sampling_rate=0.1, noise_multiplier=2.0, steps=1)
+    low, high = epsilon([one, other], 1e-5), epsilon_rdp([one, other], 1e-5)
+    builder = LedgerBuilder(cap=(low + high) / 2).enrol()
+    for part in (one, other):
+        sigma = part.noise_multiplier
+        asked = {"sampling_rate": part.sampling_rate, "noise_multiplier": sigma, "noise_share": sigma}
+        builder.round(privacy=privacy(builder, **asked))
+    report = builder.audit()
+    assert {row.epsilon for row in report.sites} == {low}
+    return report
 
 
 @attack(Code.DUPLICATE_RESERVATION)

@@ -74,7 +74,9 @@ def test_how_many_records_a_site_has_does_not_decide_whether_it_answers(tmp_path
     import torch
 
     federation = SmallFederation(tmp_path, {"rounds": 1, "privacy": {"sampling_rate": 1.0}})
-    with (tmp_path / "data" / "manifest.csv").open("a", newline="") as file:  # bern has one record more than the rest
+    with (tmp_path / "data" / "manifest.csv").open(
+        "a", newline=""
+    ) as file:  # bern has one record more than the rest
         csv.writer(file).writerow(["extra", "bern", "train", "0", "one more", "images/0.png", ""])
     real, count = torch.zeros, 31
 
@@ -127,7 +129,9 @@ def test_a_site_restored_within_a_round_does_not_mask_a_second_vector_under_the_
             shutil.copyfile(tmp_path / "backup.db", folder / "store.db")
             sent = unpack(first.content, who="bern")
             shown = copy.copy(unpack(message.content, who="server"))
-            message.content = pack(Parcel(shown.context, shown.body, (sent.leaves[-1],), shown.known, shown.vector))
+            message.content = pack(
+                Parcel(shown.context, shown.body, (sent.leaves[-1],), shown.known, shown.vector)
+            )
             second = unpack(super()._deliver(message).content, who="bern")
             vectors.extend(v for v in (sent.vector, second.vector) if v)
             return first
@@ -267,11 +271,15 @@ def test_a_second_receipt_for_one_attempt_is_not_logged(books):
 
 
 def test_a_fork_of_a_chain_is_noticed_below_its_head_too(books):
-    build = [
-        lambda s, p, r=r: Refusal(seq=s, prev=p, context=r * 64, reason="no") for r in "ab"
-    ]
-    books.take(E, chain_of(*build))
-    other = chain_of(lambda s, p: Refusal(seq=s, prev=p, context="c" * 64, reason="no"))
+    fields = load_fields()
+
+    def policy_leaf(digit):
+        return lambda s, p: Policy(
+            seq=s, prev=p, trust=(Trust.SITE,), **{**fields, "policy_hash": digit * 64}
+        )
+
+    books.take(E, chain_of(policy_leaf("a"), policy_leaf("b")))
+    other = chain_of(policy_leaf("c"))
     with pytest.raises(ProtocolError):
         books.take(E, other)
 
@@ -363,7 +371,8 @@ def test_parameters_chosen_on_the_way_are_enforced_by_a_renyi_filter(tmp_path):
     one = privacy.model_copy(update={"steps": 20, "noise_multiplier": 4.0, "noise_share": 4.0})
     two = one.model_copy(update={"sampling_rate": 0.1, "noise_multiplier": 2.0, "noise_share": 2.0})
     charges = [
-        Charge(sampling_rate=p.sampling_rate, noise_multiplier=p.noise_multiplier, steps=p.steps) for p in (one, two)
+        Charge(sampling_rate=p.sampling_rate, noise_multiplier=p.noise_multiplier, steps=p.steps)
+        for p in (one, two)
     ]
     low, high = epsilon(charges, 1e-5), epsilon_rdp(charges, 1e-5)
     assert low < high
@@ -381,7 +390,9 @@ def test_a_site_that_lost_its_store_does_not_start_afresh(tmp_path):
     charge = Charge(sampling_rate=0.25, noise_multiplier=4.0, steps=2)
     charge = Charge(sampling_rate=0.25, noise_multiplier=4.0, steps=2)
     cap = epsilon([charge], 1e-5) + 1e-9
-    federation = SmallFederation(tmp_path, {"rounds": 3, "privacy": {"epsilon": cap, "sampling_rate": 0.25, "steps_per_round": 1}})
+    federation = SmallFederation(
+        tmp_path, {"rounds": 3, "privacy": {"epsilon": cap, "sampling_rate": 0.25, "steps_per_round": 1}}
+    )
     federation.run()
     assert len(federation.told(RoundOpened)) == 2
     assert federation.told(RunStopped)  # the budget is spent
@@ -405,7 +416,9 @@ def test_a_long_chain_does_not_lock_a_site_out(tmp_path, monkeypatch):
 
     federation = SmallFederation(tmp_path, {"rounds": 3})
     federation.run()
-    monkeypatch.setattr(parcel, "_MAX_LEAVES", 5)  # stands for 10,000, that is 5,000 rounds; 100,000 may be planned
+    monkeypatch.setattr(
+        parcel, "_MAX_LEAVES", 5
+    )  # stands for 10,000, that is 5,000 rounds; 100,000 may be planned
     key = federation.home.load_key()
     hello = Hello(federation=federation.config.federation, run="again", nonce="0" * 64)
     try:

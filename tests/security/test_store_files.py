@@ -345,6 +345,22 @@ def test_a_reader_that_delays_the_erasure_does_not_prevent_it(tmp_path: Path) ->
         assert not any(SECRETS[0] in file.read_bytes() for file in tmp_path.iterdir())
 
 
+def test_a_site_killed_just_after_erasing_leaves_no_secret_behind_once_it_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed, SiteStore.open(tmp_path / "store.db", create=True) as store:
+        killed.setattr(store._database, "_truncate_log", lambda: None)
+        store.save_step("1" * 64, "keys", SECRETS[0], b"reply")
+        store.erase("1" * 64)
+        for name in ("store.db", "store.db-wal"):
+            shutil.copy(tmp_path / name, tmp_path / f"crashed-{name}")
+    crashed = [tmp_path / "crashed-store.db", tmp_path / "crashed-store.db-wal"]
+    assert any(SECRETS[0] in file.read_bytes() for file in crashed)
+    with SiteStore.open(crashed[0]) as store:
+        assert store.is_finished("1" * 64)
+        assert not any(SECRETS[0] in file.read_bytes() for file in crashed)
+
+
 def test_the_store_and_the_policy_load_none_of_the_heavy_packages() -> None:
     heavy = "{'torch', 'flwr', 'opacus', 'numpy', 'dp_accounting'}"
     check = (

@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -65,7 +66,6 @@ def offer(number: int) -> Offer:
         round=number,
         attempt=1,
         roster_hash="a" * 64,
-        plan_hash="c" * 64,
         model_hash="d" * 64,
         model=ModelConfig(classes=("no", "yes"), encoders={Modality.TEXT: EncoderConfig(name="words")}),
         training=TrainingConfig(),
@@ -372,8 +372,8 @@ def test_a_second_process_waits_for_the_first_to_finish_its_message(tmp_path: Pa
 def main(mode: str, place: str, *numbers: str) -> None:
     match mode:
         case "before-write" | "after-line":
-            for reservations in range(1, int(numbers[0]) + 1):
-                epsilon([ONE_ROUND] * reservations, POLICY.delta)  # computed once, inherited by every fork
+            with tempfile.TemporaryDirectory() as folder:
+                serve_rounds(Path(folder), int(numbers[0]))  # what is accounted here, every fork inherits
             kill = kill_before_every_write if mode == "before-write" else kill_after_every_line
             kill(Path(place), int(numbers[0]))
         case "spend":

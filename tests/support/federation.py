@@ -81,7 +81,6 @@ class Federation:
             "round": 1,
             "attempt": 1,
             "roster_hash": self.roster.hash(),
-            "plan_hash": "1" * 64,
             "model_hash": "2" * 64,
             "model": ModelConfig(
                 classes=("a", "b"), encoders={Modality.TEXT: EncoderConfig(name="hashed-words")}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.ledger.records import Charge
 from fedfuse_shared.privacy import accountant, calibration
-from fedfuse_shared.privacy.accountant import epsilon, epsilon_rdp
+from fedfuse_shared.privacy.accountant import epsilon, epsilon_enforced, epsilon_rdp
 from fedfuse_shared.privacy.calibration import noise_multiplier
 from fedfuse_shared.privacy.mechanisms import MAX_STEPS, merge
 
@@ -60,11 +60,22 @@ def test_order_and_splitting_do_not_matter() -> None:
     assert epsilon(split, 1e-5) == epsilon([other, one], 1e-5)
 
 
+def test_what_may_have_been_chosen_on_the_way_is_enforced_by_renyi() -> None:
+    """Design page 3, rule 3: the privacy loss distribution is no filter for parameters that change."""
+    one, other = charge(0.25, 4.0, 20), charge(0.1, 2.0, 20)
+    assert epsilon_enforced([one, one], 1e-5) == epsilon([one, one], 1e-5)
+    assert (
+        epsilon_enforced([one, other], 1e-5) == epsilon_rdp([one, other], 1e-5) > epsilon([one, other], 1e-5)
+    )
+    assert epsilon_enforced([], 1e-5) == 0.0
+
+
 def test_steps_beyond_what_a_charge_can_state_are_not_lost() -> None:
     merged = merge([charge(0.1, 2.0, MAX_STEPS)] * 2 + [charge(0.1, 2.0, 5)])
     assert [part.steps for part in merged] == [MAX_STEPS, MAX_STEPS, 5]
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     st.sampled_from([0.01, 0.25, 1.0]),
@@ -79,6 +90,7 @@ def test_more_steps_never_cost_less(rate: float, sigma: float, steps: int, more:
     assert before <= epsilon([charge(rate, sigma, steps), charge(0.05, 2.0, more)], 1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.floats(1e-3, 1.0), st.floats(0.8, 20.0), st.integers(1, 300), st.sampled_from([1e-9, 1e-6, 1e-5, 1e-3])
@@ -96,7 +108,9 @@ def test_renyi_is_never_below(rate: float, sigma: float, steps: int, delta: floa
         [charge(0.25, 1e300, 10**9)],
         [charge(1e-300, 1.0, 10**9)],
         [charge(0.25, 0.5, 10**9)],
-        [charge(0.25, 1.0 + number / 1000, 1) for number in range(1000)],
+        pytest.param(
+            [charge(0.25, 1.0 + number / 1000, 1) for number in range(1000)], marks=pytest.mark.slow
+        ),
     ],
     ids=[
         "no noise",

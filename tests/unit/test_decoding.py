@@ -150,10 +150,38 @@ def test_recordings_at_other_rates_look_alike(tmp_path, rate):
     assert torch.corrcoef(torch.stack([usual.flatten(), other.flatten()]))[0, 1] > 0.95
 
 
-@pytest.mark.parametrize("rate", [8001, 44_101, 383_999])
-def test_a_rate_prime_to_ours_is_rounded_not_resampled_by_a_giant_filter(tmp_path, rate):
+@pytest.mark.parametrize("rate", [3975, 8001, 44_101, 192_025, 383_999])
+def test_a_rate_no_recording_has_is_refused_before_a_giant_filter_is_built(tmp_path, rate, monkeypatch):
     path = recorded(tmp_path / "a.wav", word(rate)[: rate // 2], rate)
-    assert torch.isfinite(decode_audio(path, AUDIO)).all()
+    monkeypatch.setattr("fedfuse_client.data.decoding.resample", None)
+    with pytest.raises(DataError, match=rf"a\.wav: .*{rate} Hz, not a multiple of 25 from 4000 to 192000"):
+        decode_audio(path, AUDIO)
+
+
+@pytest.mark.parametrize("rate", [4000, 11_025, 191_975, 192_000])
+def test_every_rate_within_the_bounds_is_read(tmp_path, rate):
+    assert decode_audio(recorded(tmp_path / "a.wav", word(rate), rate), AUDIO).shape == (40, 48)
+
+
+def test_a_cut_recording_is_refused(tmp_path):
+    path = recorded(tmp_path / "a.wav", word())
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"a\.wav: is truncated"):
+        decode_audio(path, AUDIO)
+
+
+def test_many_channels_count_against_the_same_bound_of_samples(tmp_path, monkeypatch):
+    path = recorded(tmp_path / "a.wav", np.zeros((1000, 40)))
+    assert decode_audio(path, AUDIO).shape == (40, 48)
+    monkeypatch.setattr("fedfuse_client.data.check._MAX_SAMPLES", 39_999)
+    with pytest.raises(DataError, match="with 40 channels"):
+        decode_audio(path, AUDIO)
+
+
+def test_what_the_check_of_the_folder_does_not_open_is_not_decoded(tmp_path):
+    path = recorded(tmp_path / "a.au", word())
+    with pytest.raises(DataError, match="is AU, not of the formats"):
+        decode_audio(path, AUDIO)
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
@@ -170,12 +198,11 @@ def test_silence_and_extremes_stay_finite(tmp_path, samples):
 @pytest.mark.parametrize(
     ("samples", "rate", "said"),
     [
-        (np.zeros(0), 8000, "0.0 seconds"),
+        (np.zeros(0), 8000, "holds no sound"),
         (np.array([0.0, np.nan]), 8000, "not finite"),
         (np.array([0.0, np.inf]), 8000, "not finite"),
-        (np.zeros(601), 1, "601.0 seconds"),
+        (np.zeros(601 * 4000), 4000, "601 s long"),
         (np.zeros(10), 500_000, "500000 Hz"),
-        (np.zeros((10, 40)), 8000, "40 channels"),
     ],
 )
 def test_a_bad_recording_is_named_with_the_reason(tmp_path, samples, rate, said):

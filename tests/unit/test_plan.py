@@ -3,9 +3,14 @@
 import pytest
 from support.federation import Federation
 
-from fedfuse_server.plan import Plan, plan_hash, resolve
+from fedfuse_server.plan import Plan, bounds_for, plan_hash, resolve
 from fedfuse_shared.config.base import Modality, Trust
-from fedfuse_shared.config.federation import PerformanceConfig, RunConfig, SecureAggregationConfig
+from fedfuse_shared.config.federation import (
+    PerformanceConfig,
+    RunConfig,
+    SecureAggregationConfig,
+    TrainingConfig,
+)
 from fedfuse_shared.config.model import EncoderConfig, ModelConfig
 from fedfuse_shared.config.privacy import PrivacyConfig
 from fedfuse_shared.errors import ConfigError
@@ -25,7 +30,7 @@ def test_the_noise_fits_the_planned_rounds_and_not_one_per_cent_less_would():
     sigma = settled.privacy.noise_multiplier
 
     def cost(noise):
-        return epsilon([Charge(sampling_rate=0.25, noise_multiplier=noise, steps=40)], 1e-5)
+        return epsilon([Charge(sampling_rate=0.5, noise_multiplier=noise, steps=40)], 1e-5)
 
     assert cost(sigma) <= 2.0 < cost(0.99 * sigma)
 
@@ -39,11 +44,12 @@ def test_shared_noise_is_refused_until_it_is_built():
         resolve(config(privacy=PrivacyConfig(trust=Trust.AGGREGATE)))
 
 
-def test_performance_settings_do_not_change_the_plan_and_all_others_do():
-    base = plan_hash(config())
-    assert plan_hash(config(performance=PerformanceConfig(threads=7))) == base
-    assert plan_hash(config(seed=1)) != base
-    assert plan_hash(config(privacy=PrivacyConfig(clip=2.0))) != base
+def test_the_plan_a_policy_pins_changes_with_training_and_privacy_and_not_with_performance():
+    given = PrivacyConfig(noise_multiplier=3.0)
+    base = plan_hash(config(privacy=given))
+    assert plan_hash(config(privacy=given, performance=PerformanceConfig(threads=7))) == base
+    assert plan_hash(config(privacy=given, training=TrainingConfig(learning_rate=0.1))) != base
+    assert plan_hash(config(privacy=PrivacyConfig(clip=2.0, noise_multiplier=3.0))) != base
 
 
 def test_an_offer_is_within_bounds_and_its_sum_cannot_wrap():
@@ -64,3 +70,17 @@ def test_bounds_that_do_not_fit_are_told_with_the_numbers():
     plan = Plan("run", settled, federation.roster, (Segment(name="head", size=10),))
     with pytest.raises(ConfigError, match="threshold 3 is too low for 5 participants and 1 colluders"):
         plan.offer(number=1, attempt=1, model_hash="0" * 64, participants=federation.names)
+
+
+@pytest.mark.parametrize("sites", [3, 4, 6, 10, 40])
+def test_bounds_do_not_get_weaker_when_sites_stay_away(sites):
+    settled = config()
+    full = bounds_for(settled, sites, sites)
+    for left in range(full.min_survivors, sites):
+        fewer = bounds_for(settled, sites, left)
+        assert fewer.colluders == full.colluders
+        assert fewer.min_survivors == full.min_survivors
+        assert 2 * fewer.threshold > left + fewer.colluders
+    if full.min_survivors > 3:
+        with pytest.raises(ConfigError):
+            bounds_for(settled, sites, full.min_survivors - 1)

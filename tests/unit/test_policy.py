@@ -21,25 +21,6 @@ from fedfuse_shared.ledger import records
 from fedfuse_shared.offer import Offer, RoundPrivacy, Segment
 
 SITES = ("lyon", "oslo", "porto", "turin", "ulm", "york")
-KEYS: dict[str, Any] = {
-    "site": "lyon",
-    "federation": "clinics",
-    "roster_hash": "a" * 64,
-    "data": "records",
-    "modalities": ["text", "image"],
-    "epsilon_cap": 8.0,
-    "delta": 1e-5,
-    "min_participants": 4,
-    "min_survivors": 5,
-    "min_threshold": 5,
-    "min_colluders": 1,
-    "trust": ["site"],
-    "min_noise_multiplier": 1.0,
-    "max_sampling_rate": 0.25,
-    "max_steps_per_round": 4,
-    "max_clip": 1.5,
-    "plans": ["c" * 64],
-}
 PRIVACY: dict[str, Any] = {
     "trust": Trust.SITE,
     "sampling_rate": 0.25,
@@ -57,7 +38,6 @@ OFFER: dict[str, Any] = {
     "round": 7,
     "attempt": 1,
     "roster_hash": "a" * 64,
-    "plan_hash": "c" * 64,
     "model_hash": "d" * 64,
     "model": ModelConfig(classes=("no", "yes"), encoders={Modality.TEXT: EncoderConfig(name="words")}),
     "training": TrainingConfig(),
@@ -72,6 +52,34 @@ OFFER: dict[str, Any] = {
 }
 
 
+def offer(privacy: dict[str, Any] | None = None, **changes: Any) -> Offer:
+    return Offer(**(OFFER | {"privacy": RoundPrivacy(**(PRIVACY | (privacy or {})))} | changes))
+
+
+OTHER_TRAINING = TrainingConfig(learning_rate=0.125)
+PLAN = offer().plan_hash
+
+KEYS: dict[str, Any] = {
+    "site": "lyon",
+    "federation": "clinics",
+    "roster_hash": "a" * 64,
+    "data": "records",
+    "modalities": ["text", "image"],
+    "epsilon_cap": 8.0,
+    "delta": 1e-5,
+    "min_participants": 4,
+    "min_survivors": 5,
+    "min_threshold": 5,
+    "min_colluders": 1,
+    "trust": ["site"],
+    "min_noise_multiplier": 1.0,
+    "max_sampling_rate": 0.25,
+    "max_steps_per_round": 4,
+    "max_clip": 1.5,
+    "plans": [],
+}
+
+
 def write(folder: Path, **changes: Any) -> Path:
     path = folder / "policy.toml"
     path.write_text(
@@ -83,10 +91,6 @@ def write(folder: Path, **changes: Any) -> Path:
 @pytest.fixture
 def policy(tmp_path: Path) -> SitePolicy:
     return load_policy(write(tmp_path))
-
-
-def offer(privacy: dict[str, Any] | None = None, **changes: Any) -> Offer:
-    return Offer(**(OFFER | {"privacy": RoundPrivacy(**(PRIVACY | (privacy or {})))} | changes))
 
 
 # --- the file ----------------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def test_every_other_key_changes_the_hash(tmp_path: Path) -> None:
         "max_sampling_rate": 0.5,
         "max_steps_per_round": 5,
         "max_clip": 2.0,
-        "plans": [],
+        "plans": [PLAN],
     }
     assert set(changed) == set(SitePolicy.model_fields) - {"data", "dataset_sites", "modalities"}
     hashes = {load_policy(write(tmp_path, **{key: value})).hash() for key, value in changed.items()}
@@ -209,7 +213,14 @@ def test_an_offer_at_every_bound_is_accepted(policy: SitePolicy) -> None:
 
 
 def test_no_plan_listed_means_any_plan(policy: SitePolicy) -> None:
-    check_offer(policy.model_copy(update={"plans": ()}), offer(plan_hash="e" * 64))
+    check_offer(policy, offer(training=OTHER_TRAINING))
+
+
+def test_a_pinned_plan_is_compared_with_what_is_offered_not_with_what_is_said(policy: SitePolicy) -> None:
+    pinned = policy.model_copy(update={"plans": (PLAN,)})
+    check_offer(pinned, offer(round=8, attempt=3))
+    with pytest.raises(PolicyError, match=r"follows plan .*, which policy does not list"):
+        check_offer(pinned, offer(training=OTHER_TRAINING))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +228,6 @@ def test_no_plan_listed_means_any_plan(policy: SitePolicy) -> None:
     [
         ({"federation": "other"}, "is for federation other, policy names clinics"),
         ({"roster_hash": "b" * 64}, "names roster bbbbbbbbbbbbbbbb…, policy pins aaaaaaaaaaaaaaaa…"),
-        ({"plan_hash": "e" * 64}, "follows plan eeeeeeeeeeeeeeee…, which policy does not list"),
         ({"participants": ("a1", *SITES[1:])}, "does not list this site as a participant"),
         ({"participants": (*SITES, "york")}, "lists a participant twice"),
         (
@@ -325,7 +335,7 @@ changes = st.fixed_dictionaries(
     optional={
         "federation": st.sampled_from(["clinics", "other"]),
         "roster_hash": st.sampled_from(["a" * 64, "b" * 64]),
-        "plan_hash": st.sampled_from(["c" * 64, "e" * 64]),
+        "training": st.sampled_from([TrainingConfig(), OTHER_TRAINING]),
         "participants": st.lists(st.sampled_from(SITES), min_size=3, max_size=8).map(tuple)
         | st.permutations(SITES).map(tuple),
         "threshold": st.integers(0, 8),
@@ -339,9 +349,9 @@ noise = st.sampled_from([0.5, 1.0, 2.0])
 
 
 @settings(max_examples=1000, deadline=None)
-@given(privacies, changes, noise)
+@given(privacies, changes, noise, st.sampled_from([(), (), (PLAN,)]))
 def test_exactly_the_offers_within_all_bounds_pass(
-    privacy: dict[str, Any], change: dict[str, Any], sigma: float
+    privacy: dict[str, Any], change: dict[str, Any], sigma: float, plans: tuple[str, ...]
 ) -> None:
     policy = SitePolicy(
         **(
@@ -350,7 +360,7 @@ def test_exactly_the_offers_within_all_bounds_pass(
                 "data": Path("records"),
                 "modalities": (Modality.TEXT,),
                 "trust": (Trust.SITE,),
-                "plans": ("c" * 64,),
+                "plans": plans,
             }
         )
     )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.federation import Federation
 
 from fedfuse_shared.config.base import Modality
-from fedfuse_shared.errors import ConfigError, ProtocolError
+from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.secagg.quantise import average, largest_scale, quantise, tail_modalities
 
 OFFER = Federation.of(4).offer()
@@ -37,11 +37,13 @@ def test_a_segment_with_one_contributor_is_left_unchanged():
     assert mean[160] == pytest.approx(1)
 
 
-def test_a_tail_that_counts_more_contributors_than_survivors_is_refused():
-    total = total_of((0, frozenset({TEXT})))
+def test_a_tail_that_counts_more_contributors_than_survivors_leaves_its_segments_unchanged():
+    total = total_of((1, frozenset({TEXT, IMAGE})), (1, frozenset({TEXT, IMAGE})), (1, frozenset({IMAGE})))
     total[-1] = 2**31
-    with pytest.raises(ProtocolError, match="contributors"):
-        average(total, OFFER, 3)
+    mean, counts = average(total, OFFER, 3)
+    assert counts == {IMAGE: 3, TEXT: 0}
+    assert not mean[:70].any()
+    assert mean[70] == pytest.approx(1)
 
 
 def test_not_finite_coordinates_count_as_zero_and_large_ones_are_clamped():

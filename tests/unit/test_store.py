@@ -65,7 +65,6 @@ def offer(number: int, federation: str = "clinics", **privacy: Any) -> Offer:
         round=number,
         attempt=1,
         roster_hash="a" * 64,
-        plan_hash="c" * 64,
         model_hash="d" * 64,
         model=ModelConfig(classes=("no", "yes"), encoders={Modality.TEXT: EncoderConfig(name="words")}),
         training=TrainingConfig(),
@@ -291,9 +290,11 @@ def test_the_cap_stops_the_round_that_would_pass_it(store: SiteStore, chain: Cha
 def test_an_epsilon_that_is_no_number_is_refused(
     chain: Chain, store: SiteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedfuse_shared.privacy.accountant.epsilon", lambda charges, delta: float("nan"))
-    with pytest.raises(BudgetError):
-        chain.reserve(POLICY, offer(1), store.register_dataset(digests(1)), KEY)
+    for module in ("accountant", "budget"):
+        monkeypatch.setattr(f"fedfuse_shared.privacy.{module}.epsilon", lambda charges, delta: float("nan"))
+    capped = POLICY.model_copy(update={"epsilon_cap": 3.5})  # a cap that nothing is remembered for
+    with pytest.raises(BudgetError, match=r"would bring epsilon to nan of 3\.5"):
+        chain.reserve(capped, offer(1), store.register_dataset(digests(1)), KEY)
 
 
 def test_nothing_is_reserved_outside_the_policy(store: SiteStore, chain: Chain) -> None:

@@ -27,6 +27,8 @@ MAX_PROBLEMS: Final = 10_000
 """Most problems that are listed."""
 IMAGE_FORMATS: Final = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
 """Formats, in Pillow's names, that are opened: each decoder left out is one that cannot be attacked."""
+UNSCALED: Final = ("I", "F")
+"""Pillow's modes whose pixels have no largest value, so that nothing says what is white."""
 AUDIO_FORMATS: Final = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
 """Formats, in libsndfile's names, that are decoded."""
 
@@ -116,6 +118,11 @@ def _image_fault(path: Path) -> tuple[ProblemCode, str] | None:
                 width, height = image.size
                 if width * height > limits.MAX_IMAGE_PIXELS:
                     return _too_many_pixels(f"has {width} x {height} pixels")
+                if image.mode in UNSCALED:
+                    return (
+                        ProblemCode.UNREADABLE,
+                        f"has pixels of mode {image.mode}; save it with 8 or 16 bits",
+                    )
                 image.verify()
             with Image.open(path, formats=IMAGE_FORMATS) as image:  # verify leaves an image unusable
                 image.load()
@@ -146,8 +153,8 @@ def _audio_fault(path: Path) -> tuple[ProblemCode, str] | None:
             head = raw.read(12)
         with soundfile.SoundFile(path) as sound:
             return (
-                _header_fault(sound.format, sound.frames, sound.samplerate, sound.channels)
-                or _riff_fault(head, path.stat().st_size)
+                header_fault(sound.format, sound.frames, sound.samplerate, sound.channels)
+                or truncation_fault(head, path.stat().st_size)
                 or _sample_fault(sound)
             )
     # soundfile's own errors are RuntimeErrors
@@ -155,7 +162,8 @@ def _audio_fault(path: Path) -> tuple[ProblemCode, str] | None:
         return ProblemCode.UNREADABLE, f"cannot be decoded: {_one_line(error)}"
 
 
-def _header_fault(kind: str, frames: int, rate: int, channels: int) -> tuple[ProblemCode, str] | None:
+def header_fault(kind: str, frames: int, rate: int, channels: int) -> tuple[ProblemCode, str] | None:
+    """Return why a recording with this header is not decoded: of another format, empty, too long, or an odd rate."""
     if kind not in AUDIO_FORMATS:
         return ProblemCode.UNREADABLE, f"is {kind}, not of the formats {', '.join(AUDIO_FORMATS)}"
     if frames <= 0:
@@ -170,7 +178,7 @@ def _header_fault(kind: str, frames: int, rate: int, channels: int) -> tuple[Pro
     return None
 
 
-def _riff_fault(head: bytes, size: int) -> tuple[ProblemCode, str] | None:
+def truncation_fault(head: bytes, size: int) -> tuple[ProblemCode, str] | None:
     """Return whether a WAV file ends before its header says: libsndfile shortens it without a word."""
     claimed = int.from_bytes(head[4:8], "little")
     if head[:4] == b"RIFF" and claimed != _UNKNOWN_RIFF_SIZE and claimed + 8 > size:

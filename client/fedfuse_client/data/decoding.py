@@ -1,7 +1,7 @@
 """One record's files, decoded within bounds: text as it is, images to RGB, recordings to a log-mel spectrogram.
 
-Headers are checked before anything is unpacked, and whatever a file does to its decoder ends in a DataError that
-names it.
+Headers are checked before anything is unpacked, within the bounds of ``check``, so that what passes there is read
+here; and whatever a file does to its decoder ends in a DataError that names it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional
 from torchaudio.functional import melscale_fbanks, resample
 from torchvision.transforms.v2 import functional as transforms
 
+from fedfuse_client.data.check import IMAGE_FORMATS, UNSCALED, header_fault, truncation_fault
 from fedfuse_shared import limits
 from fedfuse_shared.errors import DataError
 
@@ -25,11 +26,7 @@ if TYPE_CHECKING:
 
     from fedfuse_shared.config.model import AudioInput, ImageInput
 
-_FORMATS: Final = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
-_BLOCK: Final = 2**16  # samples of each channel unpacked at once
-_MAX_CHANNELS: Final = 32
-_MAX_RATE: Final = 384_000  # Hz
-_RATE_STEP: Final = 50  # Hz; rates prime to each other would need a resampling filter of gigabytes
+_BLOCK: Final = 2**16  # samples unpacked at once
 _WINDOW: Final = 0.032  # seconds a spectrum is taken over
 _HOP: Final = 0.01  # seconds between spectra
 _LOWEST: Final = 60.0  # Hz; below it is hum
@@ -56,7 +53,7 @@ def decode_image(path: Path, wanted: ImageInput) -> Tensor:
     """
     _check_size(path)
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             if not 0 < image.width * image.height <= limits.MAX_IMAGE_PIXELS:
                 raise DataError(
                     f"{image.width}x{image.height} pixels are not between 1 and {limits.MAX_IMAGE_PIXELS}",
@@ -73,7 +70,7 @@ def decode_image(path: Path, wanted: ImageInput) -> Tensor:
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode.startswith("I;16"):  # convert() would cut everything above 255 to white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in {"I", "F"}:
+    if image.mode in UNSCALED:
         raise DataError(f"has pixels of mode {image.mode}", who=str(path), advice="save it with 8 or 16 bits")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -101,39 +98,40 @@ def decode_audio(path: Path, wanted: AudioInput) -> Tensor:
     level of the recording does not matter; a silent one is -13.8 throughout.
 
     Raises:
-        DataError: unreadable, not audio, empty, not finite, or longer than ``limits.MAX_AUDIO_SECONDS``.
+        DataError: unreadable, not audio, truncated, empty, not finite, too long, or of a rate no recording has.
     """
-    _check_size(path)
+    size = _check_size(path)
     try:
+        with path.open("rb") as raw:
+            fault = truncation_fault(raw.read(12), size)
+        if fault is not None:
+            raise DataError(fault[1], who=str(path))
         with soundfile.SoundFile(path) as file:
             rate, channels, length = file.samplerate, file.channels, file.frames
-            if not 0 < rate <= _MAX_RATE or channels > _MAX_CHANNELS:
-                raise DataError(
-                    f"{rate} Hz in {channels} channels is over {_MAX_RATE} Hz in {_MAX_CHANNELS}",
-                    who=str(path),
-                )
-            if not 0 < length <= rate * limits.MAX_AUDIO_SECONDS:
-                raise DataError(
-                    f"{length / rate:.1f} seconds are not between 0 and {limits.MAX_AUDIO_SECONDS:.0f}",
-                    who=str(path),
-                )
-            blocks = file.blocks(_BLOCK, frames=length, dtype="float64", always_2d=True)
+            if (fault := header_fault(file.format, length, rate, channels)) is not None:
+                raise DataError(fault[1], who=str(path))
+            blocks = file.blocks(max(1, _BLOCK // channels), frames=length, dtype="float64", always_2d=True)
             samples = np.concatenate([block.mean(axis=1) for block in blocks] or [np.zeros(0)])
     except (soundfile.SoundFileError, OSError, ValueError) as problem:
         raise DataError(f"cannot be read as audio ({_reason(problem)})", who=str(path)) from problem
-    if not samples.size or not np.isfinite(samples).all():
-        raise DataError("holds no samples, or some that are not finite", who=str(path))
+    if samples.size < length:
+        raise DataError(f"is truncated: {samples.size} of {length} samples are there", who=str(path))
+    if not np.isfinite(samples).all():
+        raise DataError("holds samples that are not finite", who=str(path))
     return log_mel(samples, rate, wanted)
 
 
 def log_mel(
     samples: np.ndarray[tuple[int, ...], np.dtype[np.float64]], rate: int, wanted: AudioInput
 ) -> Tensor:
-    """Return the log-mel spectrogram of mono samples ``(n,)`` at ``rate`` Hz; see :func:`decode_audio`."""
+    """Return the log-mel spectrogram of mono samples ``(n,)`` at ``rate`` Hz; see :func:`decode_audio`.
+
+    The rate is a multiple of 25 Hz, as the wanted one is: without a common factor the resampling filter would take
+    gigabytes.
+    """
     loudest = np.abs(samples).max()
     wave = torch.from_numpy(samples / loudest if loudest > 0 else samples).to(torch.float32)
-    near = max(1, round(rate / _RATE_STEP)) * _RATE_STEP  # at most 25 Hz off: no ear or encoder notices
-    wave = resample(wave, near, wanted.sample_rate)
+    wave = resample(wave, rate, wanted.sample_rate)
     size, hop = round(_WINDOW * wanted.sample_rate), round(_HOP * wanted.sample_rate)
     wave = functional.pad(wave, (0, max(0, size - wave.numel())))
     spectrum = torch.stft(wave, size, hop, window=torch.hann_window(size), center=False, return_complex=True)
@@ -150,13 +148,14 @@ def _trim(mel: Tensor) -> Tensor:
     return mel[:, int(sound[0]) : int(sound[-1]) + 1] if sound.numel() else mel
 
 
-def _check_size(path: Path) -> None:
+def _check_size(path: Path) -> int:
     try:
         size = path.stat().st_size
     except OSError as problem:
         raise DataError(f"cannot be read ({_reason(problem)})", who=str(path)) from problem
     if not 0 < size <= limits.MAX_FILE:
         raise DataError(f"{size} bytes are not between 1 and {limits.MAX_FILE}", who=str(path))
+    return size
 
 
 def _reason(problem: Exception) -> str:

@@ -36,8 +36,8 @@ def _parts(report: Report, roster: Roster) -> Iterator[RenderableType]:
     yield Text(_meaning(report.sites))
     if any(row.mechanisms > 1 for row in report.sites):
         yield Text(
-            "Parameters changed on the way. The bound holds if the schedule was fixed beforehand; the RDP one holds "
-            "even if parameters were chosen after seeing results."
+            "Parameters changed on the way: there caps are compared with RDP, which holds even if they were chosen "
+            "after seeing results; epsilon holds if the schedule was fixed beforehand."
         )
     yield Text(_NOT_PROVED)
     yield Text()
@@ -75,7 +75,8 @@ def _table(report: Report) -> Table:
 
 
 def _status(row: SiteReport, *, blamed: bool) -> tuple[str, str]:
-    if row.epsilon is None or (row.cap is not None and over(row.epsilon, row.cap)):
+    counted = _counted(row)
+    if counted is None or (row.cap is not None and over(counted, row.cap)):
         return "OVER CAP", "bold red"
     if blamed:
         return "FINDINGS", "bold red"
@@ -85,9 +86,15 @@ def _status(row: SiteReport, *, blamed: bool) -> tuple[str, str]:
 
 
 def _left(row: SiteReport) -> float:
-    if row.cap is None or row.epsilon is None:
+    counted = _counted(row)
+    if row.cap is None or counted is None:
         return 0.0
-    return math.floor(max(0.0, row.cap - row.epsilon) * 1000) / 1000
+    return math.floor(max(0.0, row.cap - counted) * 1000) / 1000
+
+
+def _counted(row: SiteReport) -> float | None:
+    """Return the number that the cap is compared with (``accountant.epsilon_enforced``)."""
+    return row.epsilon if row.mechanisms <= 1 else row.epsilon_rdp
 
 
 def _spent(value: float | None) -> str:

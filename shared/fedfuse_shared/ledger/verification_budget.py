@@ -14,7 +14,7 @@ from typing import Final
 from fedfuse_shared.config.base import Trust
 from fedfuse_shared.ledger.records import Charge, Policy, Reservation
 from fedfuse_shared.ledger.verification_report import Code, Findings, SiteReport
-from fedfuse_shared.privacy.accountant import epsilon, epsilon_rdp
+from fedfuse_shared.privacy.accountant import epsilon, epsilon_enforced, epsilon_rdp
 from fedfuse_shared.privacy.mechanisms import Steps, charges_of, merge, steps_by_mechanism
 
 ROUNDING: Final = 1e-6
@@ -86,16 +86,16 @@ class Budget:
             self.spendings, key=lambda spending: (spending.cap, spending.delta)
         ):
             end = start + len(list(stretch))
-            spent = epsilon(self._prefix(end), delta)
+            spent = epsilon_enforced(self._prefix(end), delta)
             if cap is not None and over(spent, cap):
                 low, high = start, end - 1
                 while low < high:
                     middle = (low + high) // 2
-                    too_much = over(epsilon(self._prefix(middle + 1), delta), cap)
+                    too_much = over(epsilon_enforced(self._prefix(middle + 1), delta), cap)
                     low, high = (low, middle) if too_much else (middle + 1, high)
                 detail = (
                     f"brings epsilon on data set {self.dataset[:8]}… over the site's cap of {cap:g}: "
-                    f"{_shown(epsilon(self._prefix(low + 1), delta))} here, {_shown(spent)} by leaf "
+                    f"{_shown(epsilon_enforced(self._prefix(low + 1), delta))} here, {_shown(spent)} by leaf "
                     f"{self.spendings[end - 1].leaf} (delta {delta:g})"
                 )
                 findings.add(Code.OVER_CAP, self.spendings[low].leaf, self.site, detail)
@@ -120,7 +120,7 @@ class Budget:
             rounds=self.rounds,
             reservations=len(self.spendings),
             unmatched=len(self.spendings) - self.matched,
-            mechanisms=len(charges),
+            mechanisms=len(steps_by_mechanism(charges)),
         )
 
     def _prefix(self, count: int) -> tuple[Charge, ...]:

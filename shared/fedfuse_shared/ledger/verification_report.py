@@ -125,7 +125,7 @@ class SiteReport(Frozen):
     epsilon: float | None
     """Spent, privacy-loss-distribution upper bound; None: unbounded."""
     epsilon_rdp: float | None
-    """The same by Renyi accounting, which also holds where parameters were chosen on the way; None: unbounded."""
+    """The same by Renyi accounting: what the cap is compared with as soon as ``mechanisms`` is more than 1."""
     epsilon_all_collude: float | None
     """Spent if everybody else colludes with the server: the site's own noise alone; None: unbounded."""
     delta: float | None

@@ -1,6 +1,6 @@
 """Models: encoders by name, fusion, and weights as one flat vector."""
 
-from fedfuse_shared.models.classifier import MODALITIES, MultimodalClassifier, build_model, layout
+from fedfuse_shared.models.classifier import MODALITIES, MultimodalClassifier, build_model, layout, outline
 from fedfuse_shared.models.encoders import REGISTRY, Encoder, build_encoder
 from fedfuse_shared.models.weights import (
     ModelCard,
@@ -24,5 +24,6 @@ __all__ = [
     "load_flat",
     "load_model",
     "model_hash",
+    "outline",
     "save_model",
 ]

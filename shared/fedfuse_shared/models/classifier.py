@@ -128,6 +128,18 @@ def layout(model: MultimodalClassifier) -> tuple[Segment, ...]:
     return tuple(Segment(name=name, size=size, modality=m) for (name, m), size in sizes.items())
 
 
+def outline(config: ModelConfig) -> tuple[tuple[Segment, ...], int]:
+    """Return a model's layout and the numbers it holds per record and modality at most, without allocating either.
+
+    Raises:
+        ConfigError: an unknown encoder, or a width it cannot have.
+    """
+    with torch.device("meta"):
+        segments = layout(MultimodalClassifier(config))
+        shapes = [build_encoder(config, modality).shape for modality in config.encoders]
+    return segments, max(math.prod(shape) for shape in shapes)
+
+
 def _segment(parameter: str) -> tuple[str, Modality | None]:
     part, *rest = parameter.split(".")
     if part == "encoders":

@@ -1,8 +1,9 @@
-"""How much privacy a sequence of mechanisms costs: the enforced upper bound, and RDP beside it.
+"""How much privacy a sequence of mechanisms costs: upper bounds only.
 
-Adjacency: add or remove one record. The enforced number is the pessimistic privacy-loss-distribution bound of
-Google's dp-accounting (Doroshenko et al. 2022); Renyi differential privacy (Mironov 2017) is shown for comparison
-and is never below it. The normal approximation ("GDP") is not offered: it underestimates.
+Adjacency: add or remove one record. The number stated is the pessimistic privacy-loss-distribution bound of Google's
+dp-accounting (Doroshenko et al. 2022), and beside it that of Renyi differential privacy (Mironov 2017), which is
+never below it and holds for more (``epsilon_enforced``). The normal approximation ("GDP") is not offered: it
+underestimates.
 
 What is accounted may come from somebody else's ledger. So work is bounded: beyond ``MAX_EPSILON`` or ``MAX_STEPS``,
 where the distribution would take gigabytes or hours, the Renyi bound stands in for it; beyond ``MAX_MECHANISMS`` the
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.ledger.records import Charge
-from fedfuse_shared.privacy.mechanisms import Steps, charges_of, merge
+from fedfuse_shared.privacy.mechanisms import Steps, charges_of, merge, steps_by_mechanism
 
 if TYPE_CHECKING:
     from dp_accounting.privacy_accountant import PrivacyAccountant
@@ -50,7 +51,7 @@ def epsilon(charges: Iterable[Charge], delta: float) -> float:
 
 
 def epsilon_rdp(charges: Iterable[Charge], delta: float) -> float:
-    """Return the bound that Renyi accounting gives, for comparison.
+    """Return the upper bound that Renyi accounting gives, by the conversion of dp-accounting; 0 for nothing.
 
     Raises:
         ConfigError: delta does not lie between 0 and 1.
@@ -58,43 +59,19 @@ def epsilon_rdp(charges: Iterable[Charge], delta: float) -> float:
     return _rdp(_bounded(merge(charges)), _checked(delta))
 
 
-def fits(charges: Iterable[Charge], delta: float, cap: float) -> bool:
-    """Return whether ``epsilon(charges, delta) <= cap``, with few evaluations over a run's growing prefixes.
+def epsilon_enforced(charges: Iterable[Charge], delta: float) -> float:
+    """Return the number that caps are compared with.
 
-    Epsilon never falls as steps are added. So whatever costs no more than something known to fit fits, and looking
-    ahead in doubling and halving strides answers the n prefixes of a run with O(log n) evaluations.
+    As long as everything is one mechanism, only its number of steps is left to choose, and the privacy loss
+    distribution bounds that. Where mechanisms differ, they may have been chosen after seeing results, and it is no
+    filter: then the Renyi bound counts, which is one (Lecuyer 2021, "Practical privacy filters and odometers with
+    Renyi differential privacy", section 4).
 
     Raises:
         ConfigError: delta does not lie between 0 and 1.
     """
     merged = merge(charges)
-    if not merged:
-        return True
-    *others, last = merged
-    known = _strides.setdefault(
-        (tuple(others), last.sampling_rate, last.noise_multiplier, delta, cap), [0, None]
-    )
-    fit, unfit = known
-    assert fit is not None
-    if last.steps <= fit:
-        return True
-    if unfit is not None and last.steps >= unfit:
-        return False
-
-    def at(steps: int) -> bool:
-        return epsilon([*others, last.model_copy(update={"steps": steps})], delta) <= cap
-
-    ahead = 2 * last.steps if unfit is None else (last.steps + unfit) // 2
-    for steps in dict.fromkeys((ahead, last.steps)):
-        if at(steps):
-            known[0] = max(known[0] or 0, steps)
-            break
-        known[1] = steps if known[1] is None else min(known[1], steps)
-    return last.steps <= (known[0] or 0)
-
-
-_strides: dict[tuple[tuple[Charge, ...], float, float, float, float], list[int | None]] = {}
-"""Per mechanism, target and other charges: most steps known to fit, fewest known not to."""
+    return (epsilon if len(steps_by_mechanism(merged)) <= 1 else epsilon_rdp)(merged, delta)
 
 
 def _checked(delta: float) -> float:

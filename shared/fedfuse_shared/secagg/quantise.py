@@ -70,18 +70,13 @@ def quantise(update: NDArray[np.float32], declared: frozenset[Modality], offer: 
 def average(total: Words, offer: Offer, survivors: int) -> tuple[NDArray[np.float32], dict[Modality, int]]:
     """Return the mean update of shape ``(d,)`` and how many survivors declared each modality.
 
-    A segment is divided by the survivors that declared its modality, the others by all survivors.
-
-    Raises:
-        ProtocolError: the tail counts more contributors than survivors: some survivor lied about its tail.
+    A segment is divided by the survivors that declared its modality, the others by all survivors. A count that
+    exceeds the survivors is a lie of one of them, and nobody can tell whose: such segments are left unchanged.
     """
     dimension = offer.dimension()
     modalities = tail_modalities(offer.layout)
     counts = {modality: int(word) for modality, word in zip(modalities, total[dimension:], strict=True)}
-    if any(count > survivors for count in counts.values()):
-        raise ProtocolError(
-            f"the opened sum counts {max(counts.values())} contributors of {survivors} survivors"
-        )
+    counts = {modality: count if count <= survivors else 0 for modality, count in counts.items()}
     signed = total[:dimension].astype(np.uint32).view(np.int32)
     mean = np.zeros(dimension, dtype=np.float32)
     start = 0

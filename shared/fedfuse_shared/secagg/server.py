@@ -22,7 +22,7 @@ from fedfuse_shared.crypto.keystream import Words
 from fedfuse_shared.crypto.sealing import RandomBytes
 from fedfuse_shared.envelope import Envelope, T, decode, encode, verify
 from fedfuse_shared.envelope import seal as sign
-from fedfuse_shared.errors import ProtocolError, RoundAborted
+from fedfuse_shared.errors import ProtocolError, RoundAborted, WrongDealer
 from fedfuse_shared.ledger.records import Receipt
 from fedfuse_shared.messages import (
     Agreement,
@@ -233,6 +233,9 @@ class ServerSession:
         dropped = self._notes.keys() - self._vectors.keys()
         if not reveal.seed_shares.keys() <= self._vectors.keys() or not reveal.mask_shares.keys() <= dropped:
             raise ProtocolError("revealed shares of the wrong kind", who=site)
+        shown = [*reveal.seed_shares, *reveal.mask_shares, *reveal.bad_dealers]
+        if len(shown) != len(set(shown)) or set(shown) != self._notes.keys():
+            raise ProtocolError("keeps shares back without calling their dealers bad", who=site)
         kinds: tuple[tuple[ShareKind, dict[str, str]], ...] = (
             ("seed", reveal.seed_shares),
             ("mask", reveal.mask_shares),
@@ -256,12 +259,12 @@ class ServerSession:
         for site in self._vectors:
             seed = self._restore(site, "seed")
             if transcript.seed_commitment(self._context, site, seed) != self._commitment(site):
-                raise RoundAborted("dealt shares of a seed it did not commit to", who=site)
+                raise WrongDealer("dealt shares of a seed it did not commit to", who=site)
             apply_self_mask(total, seed, self._context, site, remove=True)
         for site in self._notes.keys() - self._vectors.keys():
             private = self._restore(site, "mask")
             if public_of(private).hex() != self._keys[site].body.mask:
-                raise RoundAborted("dealt shares of a mask key it did not advertise", who=site)
+                raise WrongDealer("dealt shares of a mask key it did not advertise", who=site)
             self._remove_dropped(total, site, private)
         return total
 
@@ -278,15 +281,20 @@ class ServerSession:
             if share is not None and len(shares) < self._offer.threshold:
                 shares[self._offer.participants.index(holder) + 1] = bytes.fromhex(share)
         if len(shares) < self._offer.threshold:
+            against = sorted(name for name, reveal in self._reveals.items() if dealer in reveal.bad_dealers)
+            # Nobody is accused: either the dealer sealed garbage or these sites say so of an honest one.
             raise RoundAborted(
-                f"only {len(shares)} of {self._offer.threshold} shares of its {kind} secret were revealed",
-                who=dealer,
-                advice="try again without it",
+                f"only {len(shares)} of {self._offer.threshold} shares of a {kind} secret were revealed; "
+                f"{', '.join(against)} cannot use those of {dealer}",
+                who=f"round {self._offer.round}",
+                advice="look at both ends",
             )
         try:
             return shamir.combine(shares, who=dealer)
         except ProtocolError as problem:
-            raise RoundAborted(problem.message, who=dealer, advice="try again without it") from problem
+            raise WrongDealer(
+                problem.message, who=dealer, advice="the next attempt goes without it"
+            ) from problem
 
     # --- what every step needs ------------------------------------------------------------------------------
     def _expect(self, phase: ServerPhase, site: str, allowed: tuple[str, ...], seen: Container[str]) -> None:

@@ -26,7 +26,7 @@ from fedfuse_shared import limits
 from fedfuse_shared.config.base import SERVER, Frozen, Hex32, SiteName
 from fedfuse_shared.crypto import shamir
 from fedfuse_shared.crypto.derive import End, pair_key
-from fedfuse_shared.crypto.keys import agree, check_canonical, public_of
+from fedfuse_shared.crypto.keys import agree, public_of
 from fedfuse_shared.crypto.keystream import Words
 from fedfuse_shared.crypto.sealing import RandomBytes, seal, unseal
 from fedfuse_shared.envelope import Body, Envelope, T, canonical, decode, encode, verify
@@ -192,7 +192,8 @@ class SiteSession:
             if name in peers:
                 raise ProtocolError("is listed twice among the round's keys", who=name)
             for key in (envelope.body.channel, envelope.body.mask):
-                check_canonical(bytes.fromhex(key), who=name)
+                # Tried before anything is dealt or charged: a low-order key would stop the masking itself.
+                agree(bytes.fromhex(self._state.mask_private), bytes.fromhex(key), who=name)
             peers[name] = PeerKeys(channel=envelope.body.channel, mask=envelope.body.mask)
         all_keys = [key for peer in peers.values() for key in (peer.channel, peer.mask)]
         if len(set(all_keys)) != len(all_keys):

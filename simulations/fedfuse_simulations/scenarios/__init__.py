@@ -26,6 +26,8 @@ class Scenario:
     description: str
     """One line for a list of scenarios."""
     module: str
+    sites: int
+    """Sites the data set has."""
 
     def write(self, folder: Path, *, seed: int, progress: Callable[[int, int], None] | None = None) -> None:
         """Write the data folder, whole or not at all; the same seed gives the same bytes.
@@ -46,6 +48,7 @@ SCENARIOS: Final = {
         "handwritten digits (scikit-learn's 1,797) with sentences and synthetic speech (eSpeak NG): "
         "6 sites, a language each",
         f"{__name__}.digits",
+        6,
     ),
 }
 """Every embedded scenario by the name `fedfuse simulate` knows it by."""
