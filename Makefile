@@ -8,7 +8,7 @@ RUN    ?= runs/demo
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: setup demo test test-fast test-full lint bench lock clean
+.PHONY: setup demo test test-fast test-full test-browser lint bench lock clean
 
 setup: $(READY)
 
@@ -30,10 +30,17 @@ test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-fast: setup
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not browser"
 
 test-full: setup
 	FEDFUSE_FULL=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# Looks at a report in headless Chromium; Debian's is installed where there is none and apt-get may do it.
+test-browser: setup
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
+	  { echo "install Chromium: as root, apt-get install chromium" >&2; exit 2; }
+	$(BIN)/python -m pytest tests/browser -m browser
 
 lint: setup
 	$(BIN)/ruff check

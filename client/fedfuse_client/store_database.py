@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from fedfuse_shared import limits
 from fedfuse_shared.errors import StateError
+from fedfuse_shared.files import is_disk_full
 from fedfuse_shared.ledger.records import FIRST_LINK
 
 APPLICATION: Final = 0x66656466
@@ -290,7 +291,7 @@ def _named(path: Path) -> Iterator[None]:
         raise _damaged(path, "it holds text that is none") from problem
     except sqlite3.Error as problem:
         code = getattr(problem, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
+        if is_disk_full(problem):
             raise StateError(
                 "disk is full", who=f"store {path}", advice="free space and start again"
             ) from problem

@@ -19,6 +19,7 @@ SUMMARIES = {
     "audit": "Check a ledger and recompute every site's spent privacy, trusting nobody.",
     "predict": "Classify one record with a run's global model.",
     "evaluate": "Score a run's global model on test rows.",
+    "report": "Write a run's report.html again: scores, privacy, who took part, how to reproduce.",
     "data": "Check and describe a folder of data.",
 }
 

@@ -10,6 +10,8 @@ from typing import Final
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """No room on the device, in the quota, or under the largest size of a file."""
+_FULL_DATABASE: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
+"""The same from SQLite; the second, where the index of its log cannot grow."""
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -41,7 +43,7 @@ def is_disk_full(problem: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _FULL:
             return True
-        if isinstance(seen, sqlite3.Error) and getattr(seen, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+        if isinstance(seen, sqlite3.Error) and getattr(seen, "sqlite_errorcode", 0) in _FULL_DATABASE:
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -1,9 +1,9 @@
-"""``fedfuse simulate`` and ``fedfuse evaluate``."""
+"""``fedfuse simulate``, ``evaluate``, ``predict`` and ``report``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -41,7 +41,8 @@ def simulate(
         int | None, typer.Option(min=0, help="Of initial weights and scenario data, never of noise or keys.")
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="inline: all sites in this process; ray: in Ray's worker processes.")
+        Literal["inline", "ray"],
+        typer.Option(help="inline: all sites in this process; ray: in Ray's worker processes."),
     ] = "inline",
     ray_address: Annotated[
         str | None, typer.Option(help="A Ray cluster that sees this run's folder; left out: Ray on this machine.")
@@ -63,6 +64,7 @@ def simulate(
     from datetime import datetime
 
     from fedfuse_server.home import RunHome
+    from fedfuse_shared.errors import ConfigError
     from fedfuse_simulations.session import run_session
     from fedfuse_simulations.settings import gather
     from fedfuse_simulations.simulation import Simulation, begin, check_early
@@ -71,6 +73,8 @@ def simulate(
         home = RunHome(resume)
         run_session(home, Simulation.load(home), json=json)
         return
+    if ray_address is not None and engine != "ray":
+        raise ConfigError("there is a Ray address but no Ray", advice="add --engine ray")
     changes = {
         "rounds": rounds,
         "sites_per_round": sites_per_round,
@@ -133,3 +137,17 @@ def predict(
     from fedfuse_simulations.prediction import run_prediction
 
     run_prediction(run, text=text, image=image, audio=audio, json=json)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Write a run's report.html again: scores, privacy, who took part, how to reproduce.
+
+    One page that opens offline, loads nothing and runs no script. The ledger is audited anew for it; exit code 1 says
+    that there are findings, which the page lists.
+    """
+    from fedfuse_simulations.session import run_report
+
+    run_report(run, json=json)

@@ -28,7 +28,7 @@ from fedfuse_shared.ledger.verification import verify_ledger
 from fedfuse_shared.ledger.verification_report import Report
 from fedfuse_simulations.examiner import Examiner
 from fedfuse_simulations.metrics import Metrics, Watcher
-from fedfuse_simulations.run import conclude, run_inline
+from fedfuse_simulations.run import conclude, run_rounds
 from fedfuse_simulations.scoring import Score, Scores
 from fedfuse_simulations.simulation import Simulation, prepare
 
@@ -52,12 +52,15 @@ def run_session(home: RunHome, simulation: Simulation, *, json: bool) -> None:
     try:
         with _progress(console, rounds) as show:
             watch = Watcher(home.root / "progress.jsonl", examiner, max(1, rounds // SCORINGS), show)
-            run_inline(home, prepared, dropout=simulation.dropout, watch=watch)
+            run_rounds(home, prepared, simulation, watch=watch)
     except KeyboardInterrupt:
         console.print(f"Stopped. Go on with: fedfuse simulate --resume {home.root}", soft_wrap=True)
         raise typer.Exit(1) from None
     metrics = conclude(home, watch, examiner.examine_published(home), started)
     report = audit(home)
+    from fedfuse_simulations.report import write_report  # noqa: PLC0415 - matplotlib is not needed before
+
+    write_report(home, metrics, report)
     if json:
         typer.echo(to_json(_summary(home, metrics, report, time.monotonic() - began)))
     else:
@@ -80,6 +83,26 @@ def run_evaluation(run: Path, data: Path | None, *, json: bool) -> None:
         typer.echo(to_json(scores))
     else:
         Console().print(_score_table(scores))
+
+
+def run_report(run: Path, *, json: bool) -> None:
+    """Write a finished run's ``report.html`` anew, its ledger audited anew, and print where it is.
+
+    Raises:
+        FedfuseError: a file of the run cannot be used.
+    """
+    from fedfuse_simulations.report import read_metrics, write_report  # noqa: PLC0415 - as above
+
+    home = RunHome(run)
+    metrics = read_metrics(home)
+    report = audit(home)
+    path = write_report(home, metrics, report)
+    if json:
+        typer.echo(to_json({"report": str(path), "audit": report.ok}))
+    else:
+        typer.echo(path)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @contextmanager
@@ -140,6 +163,7 @@ def _summary(home: RunHome, metrics: Metrics, report: Report, seconds: float) ->
         "delta": next(site.delta for site in report.sites),
         "audit": report.ok,
         "ledger": str(home.ledger),
+        "report": str(home.root / "report.html"),
         "seconds": round(seconds, 3),
     }
 
@@ -197,6 +221,7 @@ def _print_outcome(console: Console, home: RunHome, metrics: Metrics, report: Re
         ("model", home.model_file),
         ("metrics", home.root / "metrics.json"),
         ("ledger", home.ledger),
+        ("report", home.root / "report.html"),
     ):
         console.print(f"  {label:8} {path}", highlight=False, soft_wrap=True)
     console.print(f"Check every site's privacy yourself: fedfuse audit {home.ledger}", soft_wrap=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
 from flwr.app.message.message import make_message
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
+from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
 log = logging.getLogger(__name__)
@@ -117,3 +118,39 @@ class InlineGrid(Grid):
         if self._loses(node, message.metadata.message_type):
             return None
         return reply
+
+
+def run_inline(
+    apps: tuple[ServerApp, ClientApp],
+    home: Path,
+    folders: Sequence[Path],
+    *,
+    threads: int,
+    loses: Loses = lambda _node, _type: False,
+) -> None:
+    """Run a federation in this process until its server is done.
+
+    Args:
+        apps: The ServerApp and the ClientApp.
+        home: The run's folder.
+        folders: The sites' folders.
+        threads: Threads of torch.
+        loses: Which replies get lost, given node and message type.
+
+    Raises:
+        FedfuseError: whatever the server raises.
+    """
+    import torch  # noqa: PLC0415
+
+    from fedfuse_client.round import close_sites  # noqa: PLC0415
+
+    torch.set_num_threads(threads)
+    server_app, client_app = apps
+    nodes = {node: {"home": str(folder)} for node, folder in enumerate(folders, start=2)}
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"home": str(home.resolve())}
+    )
+    try:
+        server_app(InlineGrid(client_app, nodes, loses), context)
+    finally:
+        close_sites()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from flwr.app import ConfigRecordValues, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
@@ -247,7 +248,11 @@ def _backend(address: str | None, threads: int, nodes: int) -> BackendConfig:
     }
     if address is None:
         processors = max(threads, len(os.sched_getaffinity(0)))
-        start |= {"num_cpus": min(processors, threads * nodes), "num_gpus": 0, "_node_ip_address": "127.0.0.1"}
+        start |= {
+            "num_cpus": min(processors, threads * nodes),
+            "num_gpus": 0,
+            "_node_ip_address": "127.0.0.1",
+        }
     return {"init_args": start, "client_resources": {"num_cpus": threads, "num_gpus": 0.0}, "actor": {}}
 
 
