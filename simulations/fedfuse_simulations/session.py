@@ -30,7 +30,8 @@ from fedfuse_simulations.examiner import Examiner
 from fedfuse_simulations.metrics import Metrics, Watcher
 from fedfuse_simulations.run import conclude, run_rounds
 from fedfuse_simulations.scoring import Score, Scores
-from fedfuse_simulations.simulation import Simulation, prepare
+from fedfuse_simulations.simulation import Simulation, check_data, prepare
+from fedfuse_simulations.sitelog import SiteLog
 
 SCORINGS = 12
 """Times a run is scored on its way, so that a curve can be drawn."""
@@ -50,8 +51,13 @@ def run_session(home: RunHome, simulation: Simulation, *, json: bool) -> None:
     rounds = prepared.config.rounds
     started = time.monotonic()
     try:
-        with _progress(console, rounds) as show:
-            watch = Watcher(home.root / "progress.jsonl", examiner, max(1, rounds // SCORINGS), show)
+        with _progress(console, rounds) as show, SiteLog(_line_of(console)) as log:
+
+            def told(event: Event, scores: Scores | None) -> None:
+                log.check_room()
+                show(event, scores)
+
+            watch = Watcher(home.root / "progress.jsonl", examiner, max(1, rounds // SCORINGS), told)
             run_rounds(home, prepared, simulation, watch=watch)
     except KeyboardInterrupt:
         console.print(f"Stopped. Go on with: fedfuse simulate --resume {home.root}", soft_wrap=True)
@@ -77,7 +83,8 @@ def run_evaluation(run: Path, data: Path | None, *, json: bool) -> None:
     """
     home = RunHome(run)
     config = home.load_config()
-    examiner = Examiner(config.model, load_dataset(data or Simulation.load(home).data_folder(home)))
+    dataset = check_data(data) if data else load_dataset(Simulation.load(home).data_folder(home))
+    examiner = Examiner(config.model, dataset)
     scores = examiner.examine_published(home)
     if json:
         typer.echo(to_json(scores))
@@ -103,6 +110,10 @@ def run_report(run: Path, *, json: bool) -> None:
         typer.echo(path)
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _line_of(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -249,7 +249,7 @@ def _settings(
             ("sites asked per round", config.sites_per_round or "all"),
             ("seed", config.seed),
             ("engine", simulation.engine),
-            ("replies lost on purpose", f"{simulation.dropout:.1%} of a site's training replies"),
+            ("replies lost on purpose", f"{simulation.dropout:.1%}" if simulation.dropout else "none"),
         ],
     }
     if offer is not None:
@@ -269,7 +269,9 @@ def _commands(home: RunHome, simulation: Simulation) -> dict[str, str]:
     again = ["fedfuse", "simulate", "--config", str(run / "config.toml")]
     again += ["--data", str(simulation.data)] if simulation.data else ["--scenario", simulation.scenario]
     again += ["--dropout", f"{simulation.dropout:g}"] if simulation.dropout else []
-    again += ["--engine", simulation.engine, "--out", f"{run}-again"]
+    again += ["--engine", simulation.engine]
+    again += ["--ray-address", simulation.ray_address] if simulation.ray_address else []
+    again += ["--out", f"{run}-again"]
     return {
         "Run it again": shlex.join(again),
         "Check every site's privacy": shlex.join(["fedfuse", "audit", str(run / "ledger.jsonl")]),

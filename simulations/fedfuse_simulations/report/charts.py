@@ -102,7 +102,7 @@ def budgets(rows: Sequence[Budget]) -> str:
             axes.barh(place, spent, 0.55, color=Colour.BAD if row.over else Colour.FIRST)
             if row.cap is not None:
                 axes.plot([row.cap] * 2, [place - 0.4, place + 0.4], color=Colour.INK, linewidth=2)
-            text = "unbounded" if row.epsilon is None else f"{math.ceil(row.epsilon * 100) / 100:.2f}"
+            text = "unbounded" if row.epsilon is None else f"{math.ceil(row.epsilon * 1000) / 1000:.3f}"
             axes.text(end * 1.04, place, text + (" !" if row.over else ""), va="center", fontsize=10.5)
         _names(axes, [row.name for row in rows])
         axes.set_xlim(0, end * 1.3)
