@@ -17,7 +17,7 @@ from fedfuse_client import datasets
 from fedfuse_client.policy import SitePolicy, check_offer
 from fedfuse_client.store_database import Database
 from fedfuse_shared import limits
-from fedfuse_shared.config.base import Hex32, Label, SiteName
+from fedfuse_shared.config.base import Hex32, Label, SiteName, Trust
 from fedfuse_shared.envelope import Envelope, decode, encode, seal, verify
 from fedfuse_shared.errors import BudgetError, ProtocolError, StateError
 from fedfuse_shared.ledger.records import (
@@ -239,6 +239,8 @@ class Chain:
         from fedfuse_shared.privacy.budget import fits  # noqa: PLC0415
         from fedfuse_shared.privacy.mechanisms import merge  # noqa: PLC0415
 
+        if offer.privacy.trust is Trust.NONE:
+            return  # the policy allows training without a guarantee; the charge is infinite, and stays
         charges = [*(item.charge for item in before), _charge(offer)]
         if len(merge(charges)) == 1 and fits(charges, policy.delta, policy.epsilon_cap):
             return

@@ -17,6 +17,10 @@ from fedfuse_shared.secagg.bounds import Bounds, choose
 from fedfuse_shared.secagg.quantise import largest_scale
 
 
+NO_NOISE = 1e-6
+"""Noise multiplier of ``trust = "none"``: too small to protect anything, and accounted as infinite epsilon."""
+
+
 def resolve(config: RunConfig) -> RunConfig:
     """Return the settings with the noise multiplier filled in for the planned rounds.
 
@@ -26,6 +30,9 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: the settings contradict each other, or no noise reaches the target.
     """
+    if config.privacy.trust is Trust.NONE:
+        privacy = config.privacy.model_copy(update={"noise_multiplier": NO_NOISE})
+        return config.model_copy(update={"privacy": privacy})
     if config.privacy.trust is not Trust.SITE:
         raise ConfigError(
             'trust = "aggregate" is not built yet',

@@ -60,13 +60,7 @@ class LazyGroup(TyperGroup):
 
 
 def _load(point: EntryPoint) -> click.Command:
-    try:
-        target: Any = point.load()
-    except ModuleNotFoundError as problem:
-        raise click.ClickException(
-            f"`fedfuse {point.name}` needs {problem.name}, which is not installed; "
-            "pip install 'fedfuse[simulation]' brings everything"
-        ) from problem
+    target: Any = point.load()
     if isinstance(target, typer.Typer):
         command = get_command(target)
     else:
@@ -115,6 +109,16 @@ def main() -> None:
     """Run the command line; what a user can mend becomes one line on standard error and an exit code."""
     try:
         app()
+    except ModuleNotFoundError as problem:
+        # Commands import what they need when they run; a role that is not installed ends here.
+        if problem.name is None or problem.name.startswith("fedfuse"):
+            raise
+        typer.echo(
+            f"error: this command needs {problem.name}, which is not installed; "
+            "pip install 'fedfuse[simulation]' brings everything",
+            err=True,
+        )
+        sys.exit(2)
     except Exception as problem:
         # Imported late: on the good path nobody needs it.
         from fedfuse_shared.errors import FedfuseError  # noqa: PLC0415

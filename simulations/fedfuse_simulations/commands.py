@@ -30,6 +30,9 @@ def simulate(
     trust: Annotated[
         str | None, typer.Option(help="Against whom each site protects itself: `site` means everybody.")
     ] = None,
+    no_dp: Annotated[
+        bool, typer.Option("--no-dp", help="Without any privacy, for comparison; ledger and report say so.")
+    ] = False,
     fusion: Annotated[str | None, typer.Option(help="How modalities are fused: concat or late.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="Server optimiser: fedavg or fedadam.")] = None,
     sites_per_round: Annotated[int | None, typer.Option(min=3, help="Sites drawn for each round.")] = None,
@@ -73,13 +76,15 @@ def simulate(
         home = RunHome(resume)
         run_session(home, Simulation.load(home), json=json)
         return
+    if no_dp and (epsilon is not None or trust is not None):
+        raise ConfigError("--no-dp gives no guarantee", advice="leave out --epsilon and --trust")
     if ray_address is not None and engine != "ray":
         raise ConfigError("there is a Ray address but no Ray", advice="add --engine ray")
     changes = {
         "rounds": rounds,
         "sites_per_round": sites_per_round,
         "seed": seed,
-        "privacy": {"epsilon": epsilon, "delta": delta, "trust": trust},
+        "privacy": {"epsilon": epsilon, "delta": delta, "trust": "none" if no_dp else trust},
         "model": {"fusion": fusion},
         "aggregation": {"optimizer": optimizer},
         "secure_aggregation": {"colluders": colluders},

@@ -24,6 +24,7 @@ from fedfuse_client.data.manifest import load_dataset
 from fedfuse_server.audit.sources import Sources
 from fedfuse_server.events import Event, RoundAbandoned, RoundOpened, RunStopped, SiteLeftOut
 from fedfuse_server.home import RunHome
+from fedfuse_shared.config.base import Trust
 from fedfuse_shared.ledger.verification import verify_ledger
 from fedfuse_shared.ledger.verification_report import Report
 from fedfuse_simulations.examiner import Examiner
@@ -47,6 +48,11 @@ def run_session(home: RunHome, simulation: Simulation, *, json: bool) -> None:
     began = time.monotonic()
     with console.status("preparing") as status:
         prepared = prepare(home, simulation, status.update)
+    if prepared.config.privacy.trust is Trust.NONE:
+        console.print(
+            "WARNING: no differential privacy. The sites train without noise; the model can give records away.",
+            style="bold red",
+        )
     examiner = Examiner(prepared.config.model, prepared.dataset)
     rounds = prepared.config.rounds
     started = time.monotonic()
@@ -203,7 +209,9 @@ def _budget_table(report: Report) -> Table:
     for site in report.sites:
         figures = (site.epsilon, site.cap, site.delta)
         table.add_row(site.site, *("-" if f is None else f"{f:.4g}" for f in figures), str(site.reservations))
-    table.caption = "adjacency: add or remove one record; against everybody (trust = site)"
+    unprotected = any(site.trust is Trust.NONE for site in report.sites)
+    guarantee = "adjacency: add or remove one record; against everybody (trust = site)"
+    table.caption = "NO PRIVACY: trained without noise (--no-dp)" if unprotected else guarantee
     table.caption_justify = "left"
     return table
 

@@ -83,10 +83,13 @@ def begin(home: RunHome, simulation: Simulation) -> None:
             who=str(home.root),
             advice="choose another folder with --out, or go on with that run: --resume",
         )
+    new = not home.root.exists()
     try:
         home.root.mkdir(parents=True, exist_ok=True)
         save_toml(home.root / FILE, simulation)
     except OSError as problem:
+        if new and home.root.exists():
+            home.root.rmdir()  # it was made a moment ago and nothing came to be in it
         if is_disk_full(problem):
             raise
         raise ConfigError(

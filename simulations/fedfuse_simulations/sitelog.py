@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-_SITES: Final = "fedfuse_client"
-"""Parent of the loggers of all modules of a site."""
+_LOGGERS: Final = ("fedfuse_client", "fedfuse_simulations.engines")
+"""Parents of the loggers of a site's modules, and of what says that a site could not even be opened."""
 
 
 class SiteLog(logging.Handler):
@@ -30,27 +30,27 @@ class SiteLog(logging.Handler):
         self._full: BaseException | None = None
 
     def __enter__(self) -> SiteLog:
-        logger = logging.getLogger(_SITES)
-        logger.addHandler(self)
-        logger.propagate = False
+        for name in _LOGGERS:
+            logging.getLogger(name).addHandler(self)
+            logging.getLogger(name).propagate = False
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        logger = logging.getLogger(_SITES)
-        logger.removeHandler(self)
-        logger.propagate = True
+        for name in _LOGGERS:
+            logging.getLogger(name).removeHandler(self)
+            logging.getLogger(name).propagate = True
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take one entry of a site's log."""
-        problem = record.exc_info[1] if record.exc_info else None
-        if problem is None:
-            self._show(record.getMessage())
-        elif is_disk_full(problem):
+        line, problem = record.getMessage(), record.exc_info[1] if record.exc_info else None
+        if problem is not None and is_disk_full(problem):
             self._full = problem
+        elif problem is None or (str(problem) and str(problem) in line):
+            self._show(line)
         else:
-            self._show(f"{record.getMessage()}: {problem or type(problem).__name__}")
+            self._show(f"{line}: {type(problem).__name__} {problem}")
 
     def check_room(self) -> None:
         """Raise what a site met if it was a full disk: trying again would charge the sites for nothing.

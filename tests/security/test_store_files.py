@@ -103,7 +103,7 @@ def test_no_flipped_bit_of_the_file_changes_what_a_site_reads(tmp_path: Path) ->
         try:
             found = content(path)
         except StateError as problem:
-            assert "store.db" in str(problem) or "belongs to site" in str(problem)  # noqa: PT017
+            assert "store.db" in str(problem) or "belongs to site" in str(problem)
             noticed += 1
         else:
             assert found == expected, place

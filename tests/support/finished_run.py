@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from support.small_federation import SmallFederation
-
 from fedfuse_client.data.manifest import load_dataset
 from fedfuse_server.home import RunHome
 from fedfuse_simulations.examiner import Examiner
 from fedfuse_simulations.metrics import Watcher
 from fedfuse_simulations.run import conclude
+from support.small_federation import SmallFederation
 
 
 def finished_run(root: Path) -> RunHome:

@@ -75,6 +75,8 @@ def _table(report: Report) -> Table:
 
 
 def _status(row: SiteReport, *, blamed: bool) -> tuple[str, str]:
+    if row.trust is Trust.NONE:
+        return "NO PRIVACY", "bold red"
     counted = _counted(row)
     if counted is None or (row.cap is not None and over(counted, row.cap)):
         return "OVER CAP", "bold red"
@@ -109,6 +111,8 @@ def _meaning(sites: tuple[SiteReport, ...]) -> str:
         f"epsilon: spent, upper bound at delta {deltas}, for adding or removing one record of one site; over every "
         "reservation, whether or not its round was opened. rounds: opened with the site's update, of those charged."
     )
+    if any(row.trust is Trust.NONE for row in sites):
+        return f"{text} NO PRIVACY: with trust = none sites trained without a guarantee, as their policies allowed."
     withstood = {row.colluders for row in sites if row.trust is Trust.AGGREGATE}
     if withstood:
         least = min(count for count in withstood if count is not None)

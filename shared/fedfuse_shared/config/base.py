@@ -27,10 +27,13 @@ class Trust(StrEnum):
 
     ``SITE``: nobody is trusted, every site adds the whole noise itself.
     ``AGGREGATE``: secure aggregation is relied upon and the noise is shared.
+    ``NONE``: there is no guarantee at all; for comparisons on data that need none. A site takes part only if its own
+    policy names it.
     """
 
     SITE = "site"
     AGGREGATE = "aggregate"
+    NONE = "none"
 
 
 SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]

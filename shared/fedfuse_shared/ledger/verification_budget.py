@@ -56,6 +56,8 @@ class Budget:
             )
             findings.add(Code.ELSEWHERE_SHRANK, leaf, self.site, detail)
         self.elsewhere |= elsewhere  # of each mechanism the most that was ever reported
+        if body.trust is Trust.NONE:
+            self.trust = Trust.NONE
         if body.trust is Trust.AGGREGATE:
             known = body.colluders if self.colluders is None else self.colluders
             self.trust, self.colluders = Trust.AGGREGATE, min(known, body.colluders)
@@ -81,6 +83,8 @@ class Budget:
         Epsilon never falls as charges are added, so within a stretch under one policy the last prefix answers for
         all; only where it is over the cap the first one that was is searched, by bisection.
         """
+        if self.trust is Trust.NONE:
+            return  # the site's own policy allowed it: no cap stood, and none is claimed to hold
         start = 0
         for (cap, delta), stretch in groupby(
             self.spendings, key=lambda spending: (spending.cap, spending.delta)

@@ -257,10 +257,10 @@ def _name(offer: Offer) -> str:
 def _noise(offer: Offer) -> str | None:
     """Return why the shares do not add up to the noise that is accounted (design page 3, step 2), if so."""
     asked = offer.privacy
-    if asked.trust is Trust.SITE:
+    if asked.trust is not Trust.AGGREGATE:
         if asked.noise_share == asked.noise_multiplier and asked.noise_sites == 1:
             return None
-        return "lets sites add less noise than is accounted, with trust = site"
+        return f"lets sites add less noise than is accounted, with trust = {asked.trust.value}"
     honest = offer.min_survivors - offer.colluders
     if not 1 <= asked.noise_sites <= honest:
         return f"counts on the noise of {asked.noise_sites} sites, {honest} honest survivors are certain"

@@ -23,6 +23,7 @@ from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
+from fedfuse_client.learner import Learner
 from fedfuse_shared.errors import ConfigError
 from fedfuse_simulations.engines.inline import Loses
 
@@ -49,7 +50,7 @@ class SitesApp(ClientApp):
         """Answer one message as the site of this node; any worker can answer the next, so its store is closed."""
         import torch  # noqa: PLC0415 - in the worker, before the site's own import of it
 
-        from fedfuse_client.round import close_sites  # noqa: PLC0415
+        from fedfuse_client.round import close_sites, site_in  # noqa: PLC0415
 
         torch.set_num_threads(self._threads)
         folder = self._folders[int(context.node_config["partition-id"])]
@@ -61,9 +62,15 @@ class SitesApp(ClientApp):
             run_config=context.run_config,
         )
         try:
+            site = site_in(folder)
+            site._learner = _learners.setdefault(folder, site._learner)  # noqa: SLF001 - saves reading all records
             return self._app(message, here)
         finally:
             close_sites()
+
+
+_learners: dict[str, Learner] = {}
+"""What this worker has read of each site's records; kept where the site's store is let go of."""
 
 
 class WatchedGrid(Grid):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -88,7 +88,9 @@ def subsets(scores: Sequence[tuple[str, Score]]) -> str:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         figure.legend(loc="outside upper left", ncols=2, handlelength=1.2)
         told = "; ".join(f"{short(name)} {score.accuracy:.2f}" for name, score in scores)
-        return inline(figure, "subsets", f"Bar chart of accuracy and F1 per modalities shown. Accuracy: {told}.")
+        return inline(
+            figure, "subsets", f"Bar chart of accuracy and F1 per modalities shown. Accuracy: {told}."
+        )
 
 
 def budgets(rows: Sequence[Budget]) -> str:
@@ -127,7 +129,9 @@ def participation(seen: Participation) -> str:
     with drawing():
         figure, axes = _figure(0.95 + 0.26 * len(sites))
         for part, style in _CELLS.items():
-            places = [(c, r) for r, site in enumerate(sites) for c in range(columns) if shown[site][c] is part]
+            places = [
+                (c, r) for r, site in enumerate(sites) for c in range(columns) if shown[site][c] is part
+            ]
             if places:
                 axes.add_patch(PathPatch(_cells(places), label=part.value, **style))
         _names(axes, sites)
@@ -148,7 +152,7 @@ def participation(seen: Participation) -> str:
         )
 
 
-_CELLS: Final = {
+_CELLS: Final[dict[Part, dict[str, Any]]] = {
     Part.COUNTED: {"facecolor": Colour.FIRST, "edgecolor": "none"},
     Part.LEFT_OUT: {
         "facecolor": "none",
@@ -168,8 +172,8 @@ def _worst(parts: Sequence[Part]) -> Part:
 
 def _cells(places: Sequence[tuple[int, int]]) -> Path:
     """Return one path of many squares: a path each would make the page heavy."""
-    square = Path.unit_rectangle().vertices - 0.5
-    return Path.make_compound_path(*(Path(square * (0.82, 0.78) + place, closed=True) for place in places))
+    corners = np.array([(-0.41, -0.39), (0.41, -0.39), (0.41, 0.39), (-0.41, 0.39), (-0.41, -0.39)])
+    return Path.make_compound_path(*(Path(corners + place, closed=True) for place in places))
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

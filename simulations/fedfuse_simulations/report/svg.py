@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import Any, Final
 from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -35,7 +35,7 @@ class Colour(StrEnum):
         return f"var(--{self.name.lower()})"
 
 
-STYLE = {
+STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",  # text stays text: searchable, and in the page's own font
     "svg.hashsalt": "fedfuse",  # the same figure, the same bytes
     "text.parse_math": False,  # a site's name may hold a dollar sign
@@ -78,8 +78,8 @@ def inline(figure: Figure, name: str, label: str) -> str:
     """
     written = io.BytesIO()
     # Without these entries it would carry a date and addresses of web pages.
-    FigureCanvasSVG(figure).print_svg(
-        written, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(
+        written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
     )
     root = ET.fromstring(written.getvalue())  # noqa: S314 - see the import
     references = {
