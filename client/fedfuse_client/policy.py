@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
 import math
-import tomllib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Final, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen, Hex32, Label, Modality, SiteName, Trust
+from fedfuse_shared.config.files import load_toml
 from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate
 from fedfuse_shared.envelope import canonical
-from fedfuse_shared.errors import ConfigError, PolicyError
+from fedfuse_shared.errors import PolicyError
 from fedfuse_shared.ledger import records
 from fedfuse_shared.offer import Offer, SiteCount
-
-MAX_POLICY: Final = 64 * 2**10
-"""Largest policy file (bytes)."""
 
 _KEPT_AT_SITE: Final = frozenset({"data", "dataset_sites", "modalities"})
 # Where the data lies and which modalities a site has must not be published, not even inside a hash: so few values
@@ -96,49 +91,14 @@ class SitePolicy(Frozen):
 
 
 def load_policy(path: Path) -> SitePolicy:
-    """Read and check a policy file (TOML 1.0).
+    """Read and check a policy file (TOML 1.0); a relative data folder is meant from the file's own.
 
     Raises:
         ConfigError: unreadable, too long, not TOML, or a key is unknown, missing or out of bounds; the message
             names the key.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_POLICY + 1)
-    except OSError as problem:
-        raise ConfigError(
-            f"cannot be read ({problem.strerror})", who=str(path), advice="check the path"
-        ) from problem
-    if len(raw) > MAX_POLICY:
-        raise ConfigError(
-            f"is over the limit of {MAX_POLICY} bytes", who=str(path), advice="is it a policy file?"
-        )
-    try:
-        # By way of JSON: pydantic's strict mode then takes text for an enum or path, and nothing else loosely.
-        document = json.dumps(tomllib.loads(raw.decode()))
-    except (ValueError, TypeError, RecursionError) as problem:
-        raise ConfigError(
-            f"is not a policy in TOML ({problem})", who=str(path), advice="correct it"
-        ) from problem
-    try:
-        policy = SitePolicy.model_validate_json(document)
-    except ValidationError as problem:
-        raise _config_error(path, problem) from problem
+    policy = load_toml(path, SitePolicy)
     return policy.model_copy(update={"data": path.absolute().parent / policy.data})
-
-
-def _config_error(path: Path, problem: ValidationError) -> ConfigError:
-    """Return the first problem, unknown keys before all others: a misspelt key is also a missing one."""
-    errors = problem.errors(include_input=False, include_url=False)
-    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
-    key = ".".join(str(part)[:40] for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, SitePolicy.model_fields, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(SitePolicy.model_fields)}"
-        return ConfigError(f"unknown key {key}", who=str(path), advice=advice)
-    if first["type"] == "missing":
-        return ConfigError(f"key {key} is missing", who=str(path), advice="add it")
-    return ConfigError(f"key {key}: {first['msg']}", who=str(path), advice="correct it")
 
 
 class _Objection(NamedTuple):

@@ -170,11 +170,12 @@ def check_data(folder: Path) -> Dataset:
             folder, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
     if problems:
-        more = f"and {len(problems) - 1} more" if len(problems) > 1 else "that is all"
+        others = len(problems) - 1
+        advice = f"`fedfuse data check {folder}` lists every problem"
         raise DataError(
             problems[0].message,
             who=f"{folder / problems[0].where}",
-            advice=f"{more}; `fedfuse data check {folder}` lists every problem",
+            advice=f"and {others} more; {advice}" if others else advice,
         )
     return load_dataset(folder)
 

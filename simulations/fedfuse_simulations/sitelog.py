@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from fedfuse_shared.files import is_disk_full
 
@@ -29,7 +29,7 @@ class SiteLog(logging.Handler):
         self._show = show
         self._full: BaseException | None = None
 
-    def __enter__(self) -> SiteLog:
+    def __enter__(self) -> Self:
         for name in _LOGGERS:
             logging.getLogger(name).addHandler(self)
             logging.getLogger(name).propagate = False

@@ -1,6 +1,5 @@
 """Bad input to `fedfuse simulate`: one line that names file and row, exit 2, and nothing is written."""
 
-import csv
 import os
 import resource
 import shutil
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,7 +143,7 @@ SPOILT = {
     "empty file": (replace("audio/7.wav", b""), "row 9 column audio", "0 bytes"),
     "missing file": (change(7, audio="audio/none.wav"), "row 9 column audio", "no file"),
     "wrong class": (change(5, label="cow"), "row 7 column label", "'cow'"),
-    "image of 20,000 x 20,000": (bomb, "row 5 column image", "20000 x 20000"),
+    "image of 20,000 x 20,000": (bomb, "row 5 column image", "far too large"),
     "recording of two hours": (two_hours, "row 7 column audio", "7200 s"),
     "text that is not UTF-8": (latin_1, "row 8 column text", "not UTF-8"),
     "formula": (change(8, id="=1+1"), "row 10 column id", "formula"),
@@ -191,9 +189,8 @@ SETTINGS = {
     "epsilon NaN": ("", ["--epsilon", "nan"], "privacy.epsilon"),
     "epsilon NaN in the file": ("[privacy]\nepsilon = nan\n", [], "privacy.epsilon"),
     "epsilon out of reach": ("", ["--epsilon", "1e-9"], "no noise multiplier"),
-    "too many colluders": ("", ["--colluders", "3"], "colluders"),
+    "too many colluders": ("", ["--colluders", "3"], "the participants 3"),
     "scenario": ("", ["--scenario", "numbers"], "there is no scenario 'numbers'"),
-    "engine": ("", ["--engine", "rya"], "engine"),
     "fusion": ("", ["--fusion", "early"], "model.fusion"),
 }
 
@@ -274,7 +271,7 @@ def disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["100k", "300k", "500k", "900k"])
+@pytest.mark.parametrize("size", ["100k", "500k", "900k"])
 def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(tmp_path, disk, size):
     path, resize = disk
     data = write_data(tmp_path / "data")

@@ -304,3 +304,30 @@ def test_a_node_without_a_site_folder_says_what_to_set(tmp_path):
 
     with pytest.raises(FedfuseError, match=r"policy\.toml"):
         site_in(str(tmp_path / "nothing"))
+
+
+def test_sites_are_drawn_anew_for_each_round(tmp_path):
+    federation = SmallFederation(tmp_path, {"rounds": 4, "sites_per_round": 3})
+    federation.run()
+    opened = federation.told(RoundOpened)
+    assert len(opened) == 4
+    assert all(len(event.survivors) == 3 and set(event.survivors) <= set(SITES) for event in opened)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"fusion": "late"}},
+        {"aggregation": {"optimizer": "fedadam", "learning_rate": 0.05}},
+        {"privacy": {"steps_per_round": 3}},
+    ],
+    ids=["late fusion", "fedadam", "local steps"],
+)
+def test_other_settings_run_whole_rounds(tmp_path, changes):
+    federation = SmallFederation(tmp_path, {"rounds": 2, **changes})
+    federation.run()
+    first, second = federation.told(RoundOpened)
+    assert np.isfinite(second.published).all()
+    assert not np.array_equal(first.published, second.published)
+    steps = changes.get("privacy", {}).get("steps_per_round", 1)
+    assert {e.body.charge.steps for e in leaves(federation, Reservation)} == {steps}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
-from pydantic_core import to_json
 
 from fedfuse_shared.config.base import Frozen
 from fedfuse_shared.errors import ConfigError
@@ -58,18 +58,24 @@ def check(values: Mapping[str, object], config_type: type[C], *, who: str) -> C:
         ConfigError: unknown key, missing key, or a value out of bounds.
     """
     try:
-        # By way of JSON, where strict mode still reads lists as tuples and strings as enumeration members.
-        return config_type.model_validate_json(to_json(values))
+        # By way of JSON: strict mode then takes text for an enumeration or path, and nothing else loosely.
+        return config_type.model_validate_json(json.dumps(values))
+    except (TypeError, RecursionError) as problem:
+        raise ConfigError(f"holds a value settings cannot have ({problem})", who=who) from problem
     except ValidationError as problem:
-        first = problem.errors(include_url=False)[0]
+        # Unknown keys before all others: a misspelt key is also a missing one.
+        errors = problem.errors(include_url=False)
+        first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
         place = tuple(part for part in first["loc"] if part != "[key]")
-        name = ".".join(map(str, place))
+        name = ".".join(str(part)[:40] for part in place)
         if first["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"unknown setting {name}", who=who, advice=_nearest(config_type, place)
-            ) from problem
-        shown = f" (it is {first['input']!r})" if isinstance(first["input"], str | int | float) else ""
-        raise ConfigError(f"{name}: {first['msg']}{shown}", who=who, advice="correct it") from problem
+            advice = _nearest(config_type, place)
+            raise ConfigError(f"unknown key {name}", who=who, advice=advice) from problem
+        if first["type"] == "missing":
+            raise ConfigError(f"key {name} is missing", who=who, advice="add it") from problem
+        given = first["input"]
+        shown = f" (it is {str(given)[:40]})" if isinstance(given, str | int | float) else ""
+        raise ConfigError(f"key {name}: {first['msg']}{shown}", who=who, advice="correct it") from problem
 
 
 def save_toml(path: Path, config: Frozen) -> None:
@@ -91,4 +97,4 @@ def _nearest(config_type: type[BaseModel], place: tuple[int | str, ...]) -> str:
             return "remove it"
         known = field.annotation
     close = difflib.get_close_matches(str(place[-1]), known.model_fields, n=1)
-    return f"did you mean {close[0]}?" if close else f"known settings: {', '.join(known.model_fields)}"
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known.model_fields)}"

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from fedfuse_shared import limits
-from fedfuse_shared.config.base import SERVER, Frozen, Hex32, SiteName
+from fedfuse_shared.config.base import SERVER
 from fedfuse_shared.crypto import shamir
 from fedfuse_shared.crypto.derive import End, pair_key
 from fedfuse_shared.crypto.keys import agree, public_of
@@ -51,67 +50,7 @@ from fedfuse_shared.roster import Roster
 from fedfuse_shared.secagg import transcript
 from fedfuse_shared.secagg.masking import Pair, apply_pair_mask, apply_self_mask
 from fedfuse_shared.secagg.quantise import vector_length
-
-
-class SitePhase(StrEnum):
-    """What the site has done last."""
-
-    ADVERTISED = "advertised"
-    DEALT = "dealt"
-    DELIVERED = "delivered"
-    MASKED = "masked"
-    AGREED = "agreed"
-    REVEALED = "revealed"
-
-
-class PeerKeys(Frozen):
-    """A member of U1's public keys."""
-
-    channel: Hex32
-    mask: Hex32
-
-
-class Received(Frozen):
-    """What a member of U2 dealt to this site; no shares where they were bad."""
-
-    seed_commitment: Hex32
-    shares: SharePair | None
-
-
-class SiteState(Frozen):
-    """Everything a restarted process needs to go on with the round; secret."""
-
-    phase: SitePhase
-    context: Hex32
-    channel_private: Hex32
-    mask_private: Hex32
-    seed: Hex32
-    peers: dict[SiteName, PeerKeys] = Field(default_factory=dict)
-    """U1, this site included."""
-    own_shares: SharePair | None = None
-    received: dict[SiteName, Received] = Field(default_factory=dict)
-    """U2, this site included."""
-    vector_hash: Hex32 | None = None
-    agreed: dict[SiteName, Hex32] = Field(default_factory=dict)
-    """U3 and the vector hashes this site signed."""
-
-    def dump(self) -> bytes:
-        """Return the state as JSON."""
-        return canonical(self)
-
-    @classmethod
-    def load(cls, raw: bytes) -> SiteState:
-        """Return a state that was dumped.
-
-        Raises:
-            StateError: the bytes are no dumped state.
-        """
-        try:
-            return cls.model_validate_json(raw)
-        except ValidationError as problem:
-            raise StateError(
-                "a stored round state cannot be read", advice="erase the round and rejoin"
-            ) from problem
+from fedfuse_shared.secagg.site_state import PeerKeys, Received, SitePhase, SiteState
 
 
 @dataclass(frozen=True)
@@ -406,4 +345,4 @@ class SiteSession:
         return tuple(sorted(name for name, item in self._state.received.items() if item.shares is None))
 
 
-__all__ = ["Identity", "PeerKeys", "Received", "SitePhase", "SiteSession", "SiteState"]
+__all__ = ["Identity", "SitePhase", "SiteSession", "SiteState"]

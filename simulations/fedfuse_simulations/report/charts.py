@@ -41,9 +41,9 @@ class Budget:
 
 
 def short(name: str) -> str:
-    """Return a name as it stands on an axis: printable and of limited length."""
+    """Return a name as it stands on an axis: printable, and a long one without its middle, as ends tell apart."""
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    return shown if len(shown) <= _NAME else shown[: _NAME - 1] + "…"
+    return shown if len(shown) <= _NAME else f"{shown[:7]}…{shown[7 - _NAME + 1 :]}"
 
 
 def curve(points: Sequence[tuple[int, Score]], baseline: float) -> str:
@@ -100,14 +100,14 @@ def budgets(rows: Sequence[Budget]) -> str:
     with drawing():
         figure, axes = _figure(0.85 + 0.36 * len(rows))
         for place, row in enumerate(rows):
-            spent = end * 1.3 if row.epsilon is None else row.epsilon
+            spent = end if row.epsilon is None else row.epsilon
             axes.barh(place, spent, 0.55, color=Colour.BAD if row.over else Colour.FIRST)
             if row.cap is not None:
                 axes.plot([row.cap] * 2, [place - 0.4, place + 0.4], color=Colour.INK, linewidth=2)
             text = "unbounded" if row.epsilon is None else f"{math.ceil(row.epsilon * 1000) / 1000:.3f}"
             axes.text(end * 1.04, place, text + (" !" if row.over else ""), va="center", fontsize=10.5)
         _names(axes, [row.name for row in rows])
-        axes.set_xlim(0, end * 1.3)
+        axes.set_xlim(0, end * 1.34)
         axes.set_xlabel("epsilon spent; upright mark: the site's cap")
         told = "; ".join(
             f"{short(row.name)} {'unbounded' if row.epsilon is None else f'{row.epsilon:.3g}'}"
@@ -161,7 +161,7 @@ _CELLS: Final[dict[Part, dict[str, Any]]] = {
         "linewidth": 1.0,
     },
     Part.NOT_OPENED: {"facecolor": Colour.BAD, "edgecolor": "none"},
-    Part.NOT_ASKED: {"facecolor": "none", "edgecolor": Colour.GRID, "linewidth": 0.8},
+    Part.NOT_ASKED: {"facecolor": "none", "edgecolor": Colour.MUTED, "linewidth": 0.6},
 }
 _WORST: Final = (Part.NOT_OPENED, Part.LEFT_OUT, Part.NOT_ASKED, Part.COUNTED)
 
