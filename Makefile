@@ -37,7 +37,7 @@ test-full: setup
 
 # Looks at a report in headless Chromium; Debian's is installed where there is none and apt-get may do it.
 test-browser: setup
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
 	  { echo "install Chromium: as root, apt-get install chromium" >&2; exit 2; }
 	$(BIN)/python -m pytest tests/browser -m browser

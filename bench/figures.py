@@ -1,6 +1,7 @@
 """The accuracy table of the README: digits and stamps at epsilon 1, 3, 8 and without privacy, three seeds each.
 
     .venv/bin/python bench/figures.py            all that are missing; a run takes about a minute
+    .venv/bin/python bench/figures.py digits     only of one data set, so that two series can run side by side
     .venv/bin/python bench/figures.py --table    only print the table
 
 Every run is a whole `fedfuse simulate` in a process of its own; results are kept in bench/results/figures.jsonl, so
@@ -95,7 +96,7 @@ def main() -> None:
     known = {(r["data"], r["epsilon"], r["seed"]) for r in rows}
     if "--table" not in sys.argv:
         for seed in SEEDS:
-            for name in SETS:
+            for name in [wanted for wanted in sys.argv[1:] if wanted in SETS] or SETS:
                 for epsilon in EPSILONS:
                     if (name, epsilon, seed) in known:
                         continue

@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+NAMES = ("chromium", "google-chrome")
 FLAGS = (
     "--headless",
     "--no-sandbox",

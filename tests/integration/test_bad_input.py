@@ -14,7 +14,10 @@ import soundfile
 from support.data_folder import write_audio, write_image, write_manifest
 from support.small_federation import write_data
 
+from fedfuse_client.store import SiteStore
 from fedfuse_shared.cli import main
+from fedfuse_shared.errors import StateError
+from fedfuse_shared.files import is_disk_full
 
 INFO = """\
 name = "animals"
@@ -289,6 +292,25 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(tmp_path, di
     resumed = simulate("--resume", path / "run", "--json")
     assert resumed.returncode == 0, resumed.stderr
     assert '"audit":true' in resumed.stdout
+
+
+def test_a_store_on_a_full_disk_is_whole_or_not_there(disk):
+    path, _ = disk
+    ballast, store = path / "ballast", path / "site" / "store.db"
+    refusals = 0
+    for room in range(0, 200, 4):  # KiB
+        shutil.rmtree(store.parent, ignore_errors=True)
+        store.parent.mkdir()
+        free = shutil.disk_usage(path).free
+        ballast.write_bytes(bytes(free - room * 1024))
+        try:
+            SiteStore.open(store, create=True).close()
+        except StateError as problem:
+            refusals += 1
+            assert is_disk_full(problem), problem
+        ballast.unlink()
+        SiteStore.open(store, create=True).close()
+    assert 0 < refusals < 50
 
 
 @pytest.mark.slow

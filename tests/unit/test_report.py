@@ -180,7 +180,8 @@ def test_colours_are_told_apart_from_their_ground(text):
                 assert contrast(palette[writing], palette[ground]) >= 4.5, (writing, ground)
             for part in ("first", "second", "bad"):
                 assert contrast(palette[part], palette[ground]) >= 3, (part, ground)
-        assert contrast(palette["on-first"], palette["first"]) >= 4.5
+        darkest = [(a + b) / 2 for a, b in zip(palette["first"], palette["panel"], strict=True)]
+        assert contrast(palette["ink"], darkest) >= 4.5, "a full cell of the confusion matrix"
 
 
 # --- what it says -----------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def budgets(rows: Sequence[Budget]) -> str:
             axes.text(end * 1.04, place, text + (" !" if row.over else ""), va="center", fontsize=10.5)
         _names(axes, [row.name for row in rows])
         axes.set_xlim(0, end * 1.34)
-        axes.set_xlabel("epsilon spent; upright mark: the site's cap")
+        axes.set_xlabel("epsilon spent")
         told = "; ".join(
             f"{short(row.name)} {'unbounded' if row.epsilon is None else f'{row.epsilon:.3g}'}"
             f" of {'no cap' if row.cap is None else f'{row.cap:g}'}"
