@@ -17,7 +17,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -104,12 +104,10 @@ class Database:
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fedfuse-store-") as folder:
                 fresh = Path(folder) / "store"
                 fresh.touch(mode=0o600)
-                with _named(path):
-                    connection = _connect(fresh)
+                with _named(path), closing(_connect(fresh)) as connection:
                     # The log comes last: on a full disk, closing would leave the schema in it without a word.
                     connection.executescript(f"BEGIN; {_SCHEMA} COMMIT")
                     connection.execute("PRAGMA journal_mode = WAL")
-                    connection.close()
                 with suppress(FileExistsError):
                     os.link(fresh, path)
                 _sync_folder(path.parent)
@@ -244,12 +242,16 @@ class Database:
 def _connect(path: Path) -> sqlite3.Connection:
     """Open a file and set what SQLite sets per connection."""
     connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None)
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA secure_delete = ON")
-    connection.execute("PRAGMA cell_size_check = ON")
-    # Digests of records pass through a temporary table: they are not to land in the machine's /tmp.
-    connection.execute("PRAGMA temp_store = MEMORY")
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA secure_delete = ON")
+        connection.execute("PRAGMA cell_size_check = ON")
+        # Digests of records pass through a temporary table: they are not to land in the machine's /tmp.
+        connection.execute("PRAGMA temp_store = MEMORY")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

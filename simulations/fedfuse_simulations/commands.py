@@ -48,7 +48,8 @@ def simulate(
         typer.Option(help="inline: all sites in this process; ray: in Ray's worker processes."),
     ] = "inline",
     ray_address: Annotated[
-        str | None, typer.Option(help="A Ray cluster that sees this run's folder; left out: Ray on this machine.")
+        str | None,
+        typer.Option(help="A Ray cluster that sees this run's folder; left out: Ray on this machine."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:

@@ -419,3 +419,21 @@ def test_names_on_axes_are_bounded_and_printable():
     assert "xxxxxxx…xx-north" in drawn
     assert "\x00" not in drawn
     assert "a��$b$&lt;c&gt;" in drawn
+
+
+def test_a_run_without_privacy_is_marked_and_claims_nothing(tmp_path):
+    from support.small_federation import SmallFederation
+
+    from fedfuse_client.data.manifest import load_dataset
+    from fedfuse_simulations.examiner import Examiner
+    from fedfuse_simulations.metrics import Metrics
+
+    federation = SmallFederation(tmp_path, {"rounds": 1, "privacy": {"trust": "none"}})
+    federation.run()
+    home = federation.home
+    final = Examiner(federation.config.model, load_dataset(tmp_path / "data")).examine_published(home)
+    metrics = Metrics(rounds=(), left_out=(), aborted=(), final=final, stopped="", seconds=1.0)
+    text = render(home, metrics, audit(home))
+    assert "No privacy." in text
+    assert "no guarantee against anybody" in text
+    assert "against everybody" not in text

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import copy_context
@@ -53,6 +56,7 @@ class SitesApp(ClientApp):
         from fedfuse_client.round import close_sites, site_in  # noqa: PLC0415
 
         torch.set_num_threads(self._threads)
+        logging.getLogger("flwr").setLevel(logging.ERROR)  # it warns when a worker ends as it should
         folder = self._folders[int(context.node_config["partition-id"])]
         here = Context(
             run_id=context.run_id,
@@ -174,9 +178,13 @@ class RayServer:
         app.main()(self._main)
         return app
 
+    def ask_to_stop(self) -> None:
+        """Let the server end where it next waits for sites; Flower's engine ends after it."""
+        self._stopped.set()
+
     def stop(self) -> None:
         """End the server if it still runs, and wait until its files are closed."""
-        self._stopped.set()
+        self.ask_to_stop()
         if self._thread is not None:
             self._thread.join()
 
@@ -220,20 +228,18 @@ def run_on_ray(
         FedfuseError: whatever the server raises.
         ConfigError: Ray could not be started or reached, or it lost its workers.
     """
+    if address is not None:
+        _reach(address)
     server_app, client_app = apps
     server = RayServer(server_app, home, len(folders), loses, threads)
     sites = SitesApp(client_app, folders, threads)
-    with _contained():
+    backend = _backend(address, threads, len(folders))
+    with _contained(), _interrupting(server):
         import ray  # noqa: PLC0415 - seconds to import
         from flwr.simulation import run_simulation  # noqa: PLC0415
 
         try:
-            run_simulation(
-                server.as_app(),
-                sites,
-                len(folders),
-                backend_config=_backend(address, threads, len(folders)),
-            )
+            run_simulation(server.as_app(), sites, len(folders), backend_config=backend)
         except RuntimeError as problem:
             if server.problem is None:
                 raise _engine_failed(problem, address) from problem
@@ -243,6 +249,21 @@ def run_on_ray(
             ray.shutdown()
     if not server.finished:
         raise _engine_failed(RuntimeError("it ended before the server did"), address)
+
+
+def _reach(address: str) -> None:
+    """Refuse a cluster that is not there; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ConfigError(f"{address} is no address of a Ray cluster", advice="it looks like 10.0.0.7:6379")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as problem:
+        raise ConfigError(
+            f"does not answer ({problem.strerror or problem})",
+            who=f"Ray at {address}",
+            advice="start it with `ray start --head`, or leave out --ray-address",
+        ) from problem
 
 
 def _backend(address: str | None, threads: int, nodes: int) -> BackendConfig:
@@ -270,8 +291,35 @@ def _engine_failed(problem: BaseException, address: str | None) -> ConfigError:
     return ConfigError(
         f"failed ({said[0] if said else type(problem).__name__})",
         who="Ray" if address is None else f"Ray at {address}",
-        advice="check --ray-address, memory and the logs in /tmp/ray, or use --engine inline",
+        advice="see memory and the logs in /tmp/ray, or use --engine inline",
     )
+
+
+@contextmanager
+def _interrupting(server: RayServer) -> Iterator[None]:
+    """Turn Ctrl-C into an orderly end of the simulation, KeyboardInterrupt coming after it; a second one is at once.
+
+    Flower's threads that wait for Ray do not all survive its being shut down under them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    interrupted = False
+
+    def note(_number: int, _frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, before)
+        server.ask_to_stop()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -284,7 +332,10 @@ def _contained() -> Iterator[None]:
     # What it says there is that run_simulation is deprecated, and tracebacks of what is raised anyway.
     flower.setLevel(logging.CRITICAL)
     try:
-        with redirect_stdout(sys.stderr):  # Ray prints what workers print
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():  # Ray prints what workers print
+            warnings.filterwarnings(
+                "ignore", message="Tip: In future versions of Ray", category=FutureWarning
+            )
             yield
     finally:
         flower.setLevel(level)

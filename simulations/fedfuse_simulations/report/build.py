@@ -120,6 +120,7 @@ def render(home: RunHome, metrics: Metrics, audit: Report) -> str:
             advice=ADVICE,
             spending=list(zip(audit.sites, budgets, strict=True)),
             tightest=_tightest(audit),
+            unprotected=config.privacy.trust is Trust.NONE,
             aggregate=any(row.trust is Trust.AGGREGATE for row in audit.sites),
             deltas=sorted({row.delta for row in audit.sites if row.delta is not None}),
             seen=seen,
