@@ -63,7 +63,7 @@ def run(name: str, epsilon: str, seed: int) -> dict[str, object]:
 def table(rows: list[dict[str, object]]) -> str:
     """Return the table in Markdown: mean and deviation over seeds."""
     lines = [
-        "| data | epsilon | all, complete rows | best single, same rows | all test rows | macro F1 | CPU s | memory |",
+        "| data | epsilon | complete rows | best single, same rows | all rows | macro F1 | CPU s | memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in SETS:

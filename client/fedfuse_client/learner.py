@@ -103,7 +103,7 @@ class Learner:
         for want of memory say, an update of noise alone is sent, as if no record had been drawn.
         """
         try:
-            update = self._train(offer, weights, self._load()[1])
+            update = self._train(offer, weights, tuple(map(self._declared, self._load()[1])))
         except Exception:
             log.exception("round %s: training failed; noise alone is sent", offer.round)
             self._tensors = None
@@ -145,7 +145,7 @@ class Learner:
         if self._rows is None:
             dataset = load_dataset(self._policy.data)
             wanted = set(self._policy.dataset_sites or (self._policy.site,))
-            rows = tuple(self._declared(row) for row in dataset.select(split="train") if row.site in wanted)
+            rows = tuple(row for row in dataset.select(split="train") if row.site in wanted)
             if not rows:
                 raise DataError(
                     f"no training rows of {', '.join(sorted(wanted))}",

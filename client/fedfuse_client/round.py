@@ -84,10 +84,14 @@ class Site:
         verify(hello, self._me.roster.key_of(SERVER))
         if hello.author != SERVER or hello.body.federation != self._policy.federation:
             raise ProtocolError("greets another federation", who=SERVER)
+        self._publish_policy()
+        return encode(seal(Introduction(**hello.body.model_dump()), self._me.name, self._me.key))
+
+    def _publish_policy(self) -> None:
+        """Put the policy that rules now on the ledger, if it is not the one that stands there."""
         published = self._chain.latest(Policy)
         if published is None or published.body.policy_hash != self._policy.hash():
             self._chain.append(self._policy.leaf, self._me.key)
-        return encode(seal(Introduction(**hello.body.model_dump()), self._me.name, self._me.key))
 
     # --- in a round -----------------------------------------------------------------------------------------
     def _in_round(self, step: Step, parcel: Parcel) -> tuple[bytes, bytes]:
@@ -123,6 +127,8 @@ class Site:
             raise ProtocolError("sent an offer under another context", who=SERVER)
         if self._store.is_finished(parcel.context):
             raise ProtocolError("offers an attempt that is over", who=SERVER)
+        # It may have been edited since the last greeting: nothing is charged under a cap that nobody can see.
+        self._publish_policy()
         try:
             check_offer(self._policy, offer)
             self._learner.check_classes(offer)

@@ -16,7 +16,6 @@ from fedfuse_shared.roster import Roster
 from fedfuse_shared.secagg.bounds import Bounds, choose
 from fedfuse_shared.secagg.quantise import largest_scale
 
-
 NO_NOISE = 1e-6
 """Noise multiplier of ``trust = "none"``: too small to protect anything, and accounted as infinite epsilon."""
 

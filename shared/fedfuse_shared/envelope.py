@@ -113,5 +113,7 @@ def _first_problem(problem: Exception) -> str:
     if isinstance(problem, ValidationError):
         first = problem.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(part)[:40] for part in first["loc"][:6])
-        return f"{place}: {first['msg'][:160]}" if place else first["msg"][:160]
+        text = f"{place}: {first['msg'][:160]}" if place else first["msg"][:160]
+        # A peer names fields as it likes; what it sends must not steer a reader's terminal.
+        return "".join(char if char.isprintable() else "?" for char in text)
     return "nested too deeply"

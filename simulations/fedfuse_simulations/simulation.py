@@ -24,6 +24,7 @@ from fedfuse_shared.config.files import load_toml, save_toml
 from fedfuse_shared.errors import ConfigError, DataError
 from fedfuse_shared.files import is_disk_full
 from fedfuse_shared.secagg.bounds import choose
+from fedfuse_simulations.engines.ray import check_address
 from fedfuse_simulations.provision import provision, site_folders
 from fedfuse_simulations.scenarios import SCENARIOS, Scenario
 from fedfuse_simulations.settings import complete
@@ -139,6 +140,8 @@ def check_early(simulation: Simulation) -> None:
         ConfigError: a setting is wrong or does not fit the data.
         DataError: something in the data folder cannot be used.
     """
+    if simulation.ray_address is not None:
+        check_address(simulation.ray_address)
     if simulation.data is None:
         config, sites = complete(simulation.settings, None), _scenario(simulation).sites
     else:

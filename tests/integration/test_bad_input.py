@@ -185,7 +185,7 @@ def test_the_other_problems_are_counted(folder, fedfuse):
 
 
 SETTINGS = {
-    "unknown": ("[privacy]\nepsilonn = 3\n", [], "unknown setting privacy.epsilonn; did you mean epsilon?"),
+    "unknown": ("[privacy]\nepsilonn = 3\n", [], "privacy.epsilonn; did you mean epsilon?"),
     "not toml": ("epsilon: 3\n", [], "settings.toml: is not TOML"),
     "epsilon 0": ("", ["--epsilon", "0"], "privacy.epsilon"),
     "epsilon below 0": ("", ["--epsilon", "-1"], "privacy.epsilon"),

@@ -56,7 +56,9 @@ def test_a_run_stopped_between_model_and_close_closes_the_round_it_opened(tmp_pa
     federation.run()
     assert [event.round for event in federation.told(RoundOpened)] == [2]
     closes = [
-        decode(e.raw, Close, who="") for e in read_ledger(federation.home.ledger) if kind_of(e.raw) == Close.kind
+        decode(e.raw, Close, who="")
+        for e in read_ledger(federation.home.ledger)
+        if kind_of(e.raw) == Close.kind
     ]
     assert [close.body.outcome for close in closes] == [Outcome.OPENED, Outcome.OPENED]
     assert audit(federation.home).ok

@@ -325,13 +325,16 @@ def test_a_record_is_recognised_under_another_name(folder, tmp_path):
     )
     renamed = load_dataset(other)
     assert content_digest(renamed, renamed.records[0]) == content_digest(dataset, dataset.records[1])
+    # Nor does the label: relabelling or renaming a class must not give a record a fresh budget.
+    spoil(folder, 1, label="cat")
+    relabelled = load_dataset(folder)
+    assert content_digest(relabelled, relabelled.records[1]) == content_digest(dataset, dataset.records[1])
 
 
 def test_any_change_of_content_changes_the_digest(folder):
     digests = set()
     variants = [
         {},
-        {"label": "cat"},
         {"text": "another"},
         {"text": ""},
         {"image": "images/0.png"},

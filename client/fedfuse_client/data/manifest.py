@@ -83,18 +83,17 @@ def _refusal(folder: Path, problem: Problem) -> DataError:
 
 
 def content_digest(dataset: Dataset, record: Record) -> bytes:
-    """Return a SHA-256 (32 bytes) over what a record holds: class name, text, and the bytes of its files.
+    """Return a SHA-256 (32 bytes) over what a record holds: its text and the bytes of its files.
 
-    Id, row, path, split and site do not enter, so the same record is recognised under another name. Every part is
-    preceded by a byte that says whether it is there and by its length (8 bytes, big-endian).
+    Label, id, row, path, split and site do not enter, so the same record is recognised under another name. Every
+    part is preceded by a byte that says whether it is there and by its length (8 bytes, big-endian).
 
     Raises:
         DataError: a file cannot be read or changes while it is read.
     """
     digest = hashlib.sha256(limits.LABEL_RECORD)
     text = None if record.text is None else record.text.encode()
-    for part in (dataset.info.classes[record.label].encode(), text):
-        digest.update(b"\0" if part is None else b"\1" + len(part).to_bytes(8, "big") + part)
+    digest.update(b"\0" if text is None else b"\1" + len(text).to_bytes(8, "big") + text)
     for path in (record.image, record.audio):
         if path is None:
             digest.update(b"\0")

@@ -35,6 +35,10 @@ _AUTHORS: Final = {Roster.kind: OPERATOR, Offer.kind: SERVER, Close.kind: SERVER
 """Who writes what; every other kind is a site's."""
 
 
+MAX_DATASETS: Final = 8
+"""Most data sets of one site that are accounted apart."""
+
+
 def verify_ledger(lines: Iterable[bytes], roster: Roster, head: Head) -> Report:
     """Return everything a ledger shows up to a signed head.
 
@@ -66,6 +70,8 @@ class _Auditor:
         self._rounds = Rounds(roster, self._findings)
         self._chains = {site: Chain(site) for site in roster.sites}
         self._budgets: dict[tuple[str, str], Budget] = {}
+        self._account: dict[tuple[str, str], Budget] = {}
+        """The account of every data set a site named; several may share one."""
 
     def read(self, index: int, raw: bytes) -> None:
         """Check one leaf; what does not hold by itself has no further effect."""
@@ -117,17 +123,33 @@ class _Auditor:
             return None
         return envelope
 
+    def _budget(self, site: str, body: Reservation) -> Budget:
+        """Return the account a reservation is charged to.
+
+        A site names its data sets itself. Beyond ``MAX_DATASETS`` all further ones share the last account: that
+        counts too much, never too little, and one site cannot keep an auditor busy for days.
+        """
+        found = self._account.get((site, body.dataset))
+        if found is None:
+            mine = [budget for (name, _), budget in self._budgets.items() if name == site]
+            if len(mine) < MAX_DATASETS:
+                found = self._budgets[site, body.dataset] = Budget(site, body.dataset, body.trust)
+            else:
+                found = mine[-1]
+            self._account[site, body.dataset] = found
+        return found
+
     def _site_leaf(self, index: int, site: str, body: SiteLeaf, raw: bytes) -> None:
         chain = self._chains[site]
         chain.follow(index, body, raw, self._findings)
         if isinstance(body, Reservation):
             self._rounds.reservation(index, site, body, chain.policy)
-            budget = self._budgets.setdefault((site, body.dataset), Budget(site, body.dataset, body.trust))
+            budget = self._budget(site, body)
             budget.reserve(index, body, chain.policy, self._findings)
         elif isinstance(body, Receipt):
             dataset = self._rounds.receipt(index, site, body)
             if dataset is not None:
-                self._budgets[site, dataset].matched += 1
+                self._account[site, dataset].matched += 1
         elif isinstance(body, Refusal):
             self._rounds.refusal(index, site, body)
         elif isinstance(body, Policy) and body.roster_hash != self._roster.hash():

@@ -30,6 +30,8 @@ class _Spending:
     elsewhere: tuple[Charge, ...]
     cap: float | None
     delta: float
+    unprotected: bool
+    """Trained without a guarantee (trust = none)."""
 
 
 @dataclass
@@ -63,7 +65,8 @@ class Budget:
             self.trust, self.colluders = Trust.AGGREGATE, min(known, body.colluders)
         self.alone[body.charge.sampling_rate, body.noise_share] += body.charge.steps
         before = self.spendings[-1] if self.spendings else None
-        spent_elsewhere = charges_of(self.elsewhere)
+        # As this reservation reports it: keeping the union with every one would take the square of the ledger.
+        spent_elsewhere = charges_of(elsewhere)
         # Rounds are alike: equal values share one object, so that a million leaves fit in memory.
         self.spendings.append(
             _Spending(
@@ -74,6 +77,7 @@ class Budget:
                 else spent_elsewhere,
                 cap=policy.epsilon_cap if policy else None,
                 delta=policy.delta if policy else body.delta,
+                unprotected=body.trust is Trust.NONE,
             )
         )
 
@@ -83,13 +87,15 @@ class Budget:
         Epsilon never falls as charges are added, so within a stretch under one policy the last prefix answers for
         all; only where it is over the cap the first one that was is searched, by bisection.
         """
-        if self.trust is Trust.NONE:
-            return  # the site's own policy allowed it: no cap stood, and none is claimed to hold
         start = 0
-        for (cap, delta), stretch in groupby(
-            self.spendings, key=lambda spending: (spending.cap, spending.delta)
+        for (cap, delta, unprotected), stretch in groupby(
+            self.spendings, key=lambda spending: (spending.cap, spending.delta, spending.unprotected)
         ):
             end = start + len(list(stretch))
+            if unprotected:
+                # Whether the site's policy allowed it is checked with the offer; no cap is claimed to hold here.
+                start = end
+                continue
             spent = epsilon_enforced(self._prefix(end), delta)
             if cap is not None and over(spent, cap):
                 low, high = start, end - 1

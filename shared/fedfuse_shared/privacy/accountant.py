@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_EPSILON: Final = 100.0
 """Renyi epsilon above which no privacy loss distribution is computed."""
-MAX_MECHANISMS: Final = 32
+MAX_MECHANISMS: Final = 8
 """Most different mechanisms that are composed one by one."""
 MAX_STEPS: Final = 10**6
 """Most steps of one mechanism whose privacy loss distribution is composed."""
@@ -39,6 +39,8 @@ _LEAST_NOISE: Final = 1e-3
 """Noise multiplier below which nothing is protected and the formulas overflow."""
 _MOST_NOISE: Final = 1e6
 _LEAST_RATE: Final = 1e-9
+_LEAST_DELTA: Final = 1e-11
+"""Delta below which the rounding of the distribution's Fourier transform is no longer small beside it."""
 
 
 def epsilon(charges: Iterable[Charge], delta: float) -> float:
@@ -95,6 +97,8 @@ def _bounded(charges: tuple[Charge, ...]) -> tuple[Charge, ...]:
 @lru_cache(maxsize=4096)
 def _pld(charges: tuple[Charge, ...], delta: float) -> float:
     renyi = _rdp(charges, delta)
+    if delta < _LEAST_DELTA:
+        return renyi
     if not charges or renyi > MAX_EPSILON or max(charge.steps for charge in charges) > MAX_STEPS:
         return renyi
     # A second to import: nobody waits for it who does not account.
@@ -103,8 +107,9 @@ def _pld(charges: tuple[Charge, ...], delta: float) -> float:
     accountant = pld.PLDAccountant(value_discretization_interval=_COARSE if renyi > _COARSE_ABOVE else _FINE)
     _compose(accountant, charges)
     bound = float(accountant.get_epsilon(delta))
-    # Where delta is smaller than the tails that were cut off, the distribution says infinity.
-    return bound if math.isfinite(bound) else renyi
+    # Both are upper bounds. Over very many steps the grid's rounding adds up and Renyi's is the smaller; where delta
+    # is smaller than the tails that were cut off, the distribution says infinity.
+    return min(bound, renyi)
 
 
 @lru_cache(maxsize=4096)

@@ -229,7 +229,7 @@ def run_on_ray(
         ConfigError: Ray could not be started or reached, or it lost its workers.
     """
     if address is not None:
-        _reach(address)
+        check_address(address)
     server_app, client_app = apps
     server = RayServer(server_app, home, len(folders), loses, threads)
     sites = SitesApp(client_app, folders, threads)
@@ -251,8 +251,12 @@ def run_on_ray(
         raise _engine_failed(RuntimeError("it ended before the server did"), address)
 
 
-def _reach(address: str) -> None:
-    """Refuse a cluster that is not there; Ray itself would try for minutes."""
+def check_address(address: str) -> None:
+    """Refuse a Ray cluster that is not there; Ray itself would try for minutes.
+
+    Raises:
+        ConfigError: nothing answers at the address, or it is none.
+    """
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise ConfigError(f"{address} is no address of a Ray cluster", advice="it looks like 10.0.0.7:6379")
