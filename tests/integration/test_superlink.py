@@ -82,7 +82,7 @@ class Machines:
         )
         return json.loads(done.stdout[done.stdout.index("{") :])
 
-    def wait(self, condition, seconds):
+    def wait(self, condition, seconds, pause):
         end = time.monotonic() + seconds
         while not (found := condition()):
             if time.monotonic() > end:
@@ -90,7 +90,7 @@ class Machines:
                     f"--- {log.name}\n{log.read_text()[-3000:]}" for log in self.root.glob("*.log")
                 )
                 raise AssertionError(f"not within {seconds} s\n{logs}")
-            time.sleep(0.5)
+            time.sleep(pause)
         return found
 
     def left(self):
@@ -158,11 +158,12 @@ def test_two_rounds_over_a_superlink_and_three_supernodes(tmp_path, machines):
             *("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}", "--port", str(port)),
             *("--node-config", f'home="{folder}"'),
         )
-    machines.wait(lambda: online(machines) == len(SITES), 60)
+    # Flower's command takes a second of a processor each time it is asked.
+    machines.wait(lambda: online(machines) == len(SITES), 60, pause=1)
     answer = machines.flwr("run", str(bundle), "here", "--run-config", f'home="{federation.home.root}"')
     assert answer["success"], answer
     run = str(answer["run-id"])
-    status = machines.wait(lambda: ended(machines, run), 200)
+    status = machines.wait(lambda: ended(machines, run), 240, pause=5)
 
     assert status == "finished:completed", (tmp_path / "superlink.log").read_text()[-5000:]
     assert ServerState.load(federation.home.state).round == 2
