@@ -30,7 +30,7 @@ test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-fast: setup
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not browser"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not browser and not deployment"
 
 test-full: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal -m ""

@@ -18,7 +18,7 @@ from fedfuse_shared.ledger.log import kind_of, read_ledger
 from fedfuse_shared.ledger.records import Close, Outcome
 from fedfuse_simulations.session import audit
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 ROOT = Path(__file__).parents[2]
 SITES = ("bern", "lyon", "oslo")
@@ -163,7 +163,7 @@ def test_two_rounds_over_a_superlink_and_three_supernodes(tmp_path, machines):
     answer = machines.flwr("run", str(bundle), "here", "--run-config", f'home="{federation.home.root}"')
     assert answer["success"], answer
     run = str(answer["run-id"])
-    status = machines.wait(lambda: ended(machines, run), 240, pause=5)
+    status = machines.wait(lambda: ended(machines, run), 600, pause=5)
 
     assert status == "finished:completed", (tmp_path / "superlink.log").read_text()[-5000:]
     assert ServerState.load(federation.home.state).round == 2
