@@ -40,7 +40,9 @@ def write_durably(path: Path, content: bytes) -> None:
 def is_disk_full(problem: BaseException) -> bool:
     """Return whether an error, or one that led to it, says that there is no room left to write."""
     seen: BaseException | None = problem
-    while seen is not None:
+    known: set[int] = set()
+    while seen is not None and id(seen) not in known:  # an error raised from itself is its own cause
+        known.add(id(seen))
         if isinstance(seen, OSError) and seen.errno in _FULL:
             return True
         if isinstance(seen, sqlite3.Error) and getattr(seen, "sqlite_errorcode", 0) in _FULL_DATABASE:

@@ -114,13 +114,12 @@ class RecordTensors(Dataset[Batch]):
             raise self._broken[index]
         try:
             found = {m: self._decode(self._records[index], m) for m in self._fronts}
+        except DataError as problem:
+            self._broken[index] = problem
+            raise
         except Exception as failure:
             # Whatever one record does, memory included, it must not take the others' part in the sum along.
-            problem = (
-                failure
-                if isinstance(failure, DataError)
-                else DataError(f"cannot be used ({type(failure).__name__}: {failure})")
-            )
+            problem = DataError(f"cannot be used ({type(failure).__name__}: {failure})")
             self._broken[index] = problem
             raise problem from failure
         for m, values in found.items():
