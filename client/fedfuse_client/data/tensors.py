@@ -119,9 +119,9 @@ class RecordTensors(Dataset[Batch]):
             raise
         except Exception as failure:
             # Whatever one record does, memory included, it must not take the others' part in the sum along.
-            problem = DataError(f"cannot be used ({type(failure).__name__}: {failure})")
-            self._broken[index] = problem
-            raise problem from failure
+            unusable = DataError(f"cannot be used ({type(failure).__name__}: {failure})")
+            self._broken[index] = unusable
+            raise unusable from failure
         for m, values in found.items():
             if values is not None:
                 self._features[m][index] = values
