@@ -8,6 +8,7 @@ site's update: vectors go from the wire into ``ServerSession``'s running sum.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 
 from flwr.serverapp import Grid
 
@@ -67,6 +68,8 @@ class Coordinator:
             if close.body.context in self._books.standing:
                 self._books.append(close)
             self._publish()
+            # Told again: the process before may have ended between the round and the telling.
+            self._tell_opened(close.body.survivors)
         for offer in list(self._books.standing.values()):
             self._books.sign(self._aborted(offer, "the server was stopped during this attempt"))
         self._books.checkpoint()
@@ -196,7 +199,10 @@ class Coordinator:
         self._books.append(signed)
         self._publish()
         self._books.checkpoint()
-        tell(RoundOpened(offer.round, tuple(sorted(session.vectors)), model.published))
+        self._tell_opened(session.vectors)
+
+    def _tell_opened(self, survivors: Iterable[str]) -> None:
+        tell(RoundOpened(self._state.round, tuple(sorted(survivors)), self._state.model.published))
 
     def _publish(self) -> None:
         published = self._state.model.published

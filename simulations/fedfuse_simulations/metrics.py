@@ -84,6 +84,10 @@ class Watcher:
         """Take one event."""
         scores = None
         match event:
+            case RoundOpened() if any(
+                isinstance(e, RoundMetrics) and e.round == event.round for e in self.entries
+            ):
+                pass  # a resumed run tells its last round again
             case RoundOpened():
                 if event.round % self._every == 0:
                     scores = self._examiner.examine(event.published)
