@@ -81,8 +81,10 @@ class Learner:
         """
         from fedfuse_shared.models import model_hash, outline  # noqa: PLC0415 - imports torch
 
+        if len(raw) != 4 * offer.dimension():
+            raise ProtocolError("sent another model than its offer names", who=SERVER)
         weights = np.frombuffer(raw, dtype="<f4").astype(np.float32)
-        if weights.shape != (offer.dimension(),) or model_hash(weights, offer.layout) != offer.model_hash:
+        if model_hash(weights, offer.layout) != offer.model_hash:
             raise ProtocolError("sent another model than its offer names", who=SERVER)
         if not np.isfinite(weights).all():
             raise ProtocolError("sent weights that are not finite", who=SERVER)

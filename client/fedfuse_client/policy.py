@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -13,12 +12,16 @@ from pydantic import Field
 
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen, Hex32, Label, Modality, SiteName, Trust
+from fedfuse_shared.config.federation import GraphKind, Lifetime
 from fedfuse_shared.config.files import load_toml
 from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate
 from fedfuse_shared.envelope import canonical
-from fedfuse_shared.errors import PolicyError
+from fedfuse_shared.errors import ConfigError, PolicyError
 from fedfuse_shared.ledger import records
 from fedfuse_shared.offer import Offer, SiteCount
+from fedfuse_shared.secagg.bounds import Bounds
+from fedfuse_shared.secagg.graph import COMPLETE
+from fedfuse_shared.secagg.ring import wraps
 
 _KEPT_AT_SITE: Final = frozenset({"data", "dataset_sites", "modalities"})
 # Where the data lies and which modalities a site has must not be published, not even inside a hash: so few values
@@ -55,6 +58,12 @@ class SitePolicy(Frozen):
     max_sampling_rate: SamplingRate
     max_steps_per_round: Annotated[int, Field(ge=1, le=10_000)]
     max_clip: Positive
+    graphs: Annotated[tuple[GraphKind, ...], Field(min_length=1, max_length=len(GraphKind))] = (
+        GraphKind.COMPLETE,
+    )
+    """Graphs of secure aggregation this site takes part in; on a sparse one it trusts the server not to lie."""
+    max_lifetime: Lifetime = 86_400
+    """Longest time the secrets of an attempt may stay in this site's store (seconds)."""
     plans: Annotated[tuple[Hex32, ...], Field(max_length=1000)] = ()
     """Hashes of the run configurations this site takes part in; empty: any within the bounds above."""
 
@@ -87,6 +96,7 @@ class SitePolicy(Frozen):
             max_sampling_rate=self.max_sampling_rate,
             max_steps_per_round=self.max_steps_per_round,
             max_clip=self.max_clip,
+            graphs=self.graphs,
         )
 
 
@@ -159,11 +169,6 @@ def _cohort(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
         yield _outside(
             f"opens a sum over {offer.min_survivors} sites", policy.min_survivors, "min_survivors", floor=True
         )
-    if offer.min_survivors > n:
-        yield _Objection(
-            f"waits for {offer.min_survivors} survivors of {n} participants",
-            "report it: it can never be opened",
-        )
     if offer.dimension() > limits.MAX_VECTOR:
         yield _Objection(
             f"asks for an update of {offer.dimension()} coordinates, fedfuse handles at most {limits.MAX_VECTOR}",
@@ -172,26 +177,29 @@ def _cohort(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
 
 
 def _threshold(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
-    """Do t and c keep the server and c colluders from opening two sums, or one alone (page 2, Terms)?"""
+    """Do graph, t and c keep the server and c colluders from opening two sums, or one alone (page 2, Terms)?"""
     n, t, c = len(set(offer.participants)), offer.threshold, offer.colluders
+    graph = GraphKind.COMPLETE if offer.neighbours == COMPLETE else GraphKind.SPARSE
+    if graph not in policy.graphs:
+        yield _Objection(
+            f"masks on a {graph.value} graph, policy allows {', '.join(policy.graphs)}",
+            "add it to graphs in policy.toml, or stay out: a sparse graph does not hold against a lying server",
+        )
+    if graph is GraphKind.SPARSE and offer.privacy.trust is Trust.AGGREGATE:
+        yield _Objection(
+            "shares the noise between sites on a sparse graph",
+            "report it: a lying server could separate one site's noise from the others'",
+        )
+    if offer.lifetime > policy.max_lifetime:
+        yield _outside(f"keeps its secrets {offer.lifetime} s", policy.max_lifetime, "max_lifetime")
     if c < policy.min_colluders:
         yield _outside(f"withstands {c} colluders", policy.min_colluders, "min_colluders", floor=True)
-    if c >= n:
-        yield _Objection(
-            f"counts {c} colluders of {n} participants", "report it: nobody honest would be left"
-        )
     if t < policy.min_threshold:
         yield _outside(f"opens with {t} shares", policy.min_threshold, "min_threshold", floor=True)
-    if 2 * t <= n + c:
-        yield _Objection(
-            f"has threshold {t}, too low for {n} participants and {c} colluders (2t must exceed n + c)",
-            "report it: the server could open two different sums",
-        )
-    if t > offer.min_survivors:
-        yield _Objection(
-            f"has threshold {t} above its {offer.min_survivors} survivors",
-            "report it: it may never be opened",
-        )
+    try:
+        Bounds(n, t, c, offer.min_survivors, offer.neighbours).check()
+    except ConfigError as problem:
+        yield _Objection(f"has unsafe bounds: {problem.message}", "report it: no honest server offers them")
 
 
 def _mechanism(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
@@ -246,10 +254,8 @@ def _noise_source(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
 
 def _ring(offer: Offer) -> Iterator[_Objection]:
     """Is the ring wide enough for the worst sum of clamped and quantised coordinates?"""
-    n, half = len(set(offer.participants)), 2 ** (offer.ring_bits - 1)
-    largest = offer.clip_range * offer.scale
-    # Rounded up: whichever way a coordinate at the clamp is rounded, it does not exceed this.
-    if not math.isfinite(largest) or n * math.ceil(largest) >= half:
+    n = len(set(offer.participants))
+    if wraps(n, offer.clip_range, offer.scale, offer.ring_bits):
         yield _Objection(
             f"could wrap: {n} sites times range {offer.clip_range} times scale {offer.scale} reaches 2^"
             f"{offer.ring_bits - 1}",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -47,12 +49,14 @@ class _Stored(Frozen):
 class Site:
     """One site of one federation, as its messages are answered."""
 
-    def __init__(self, home: SiteHome) -> None:
+    def __init__(self, home: SiteHome, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         self._policy = home.load_policy()
         self._me = home.load_identity(self._policy)
         self._store = home.open_store()
         self._chain = self._store.chain(self._policy.federation, self._policy.site)
         self._learner = Learner(self._policy)
+        self._erase_expired()
 
     def close(self) -> None:
         """Let go of the store, so that another process can have it."""
@@ -60,6 +64,7 @@ class Site:
 
     def answer(self, step: Step, parcel: Parcel) -> Parcel:
         """Return the answer to one message; a problem is said in the answer and changes nothing it should not."""
+        self._erase_expired()
         body, vector, problem = b"", b"", ""
         leaves: tuple[bytes, ...] = ()
         try:
@@ -141,7 +146,8 @@ class Site:
             self._store.erase(context)
         session = SiteSession(offer, self._me, os.urandom)
         reply = session.advertise()
-        self._save(Step.KEYS, envelope, session, _join(reply))
+        # An offer says how long, this site's own clock says when.
+        self._save(Step.KEYS, envelope, session, _join(reply), expires=self._clock() + offer.lifetime)
         return reply
 
     def _refuse(self, context: str, reason: str) -> None:
@@ -159,8 +165,7 @@ class Site:
         self._chain.reserve(self._policy, offer, self._learner.dataset(self._store), self._me.key)
         # From here on nothing may refuse or vary with the data (design page 2).
         words = self._learner.update(offer, weights)
-        masked, vector_hash = session.mask(words)
-        vector = masked.astype("<u4", copy=False).tobytes()
+        vector, vector_hash = session.mask(words)
         with self._store.transaction():
             self._chain.append(
                 lambda seq, prev: Receipt(
@@ -176,9 +181,26 @@ class Site:
         return b"", vector
 
     # --- the store ------------------------------------------------------------------------------------------
-    def _save(self, step: Step, offer: Envelope[Offer], session: SiteSession, reply: bytes) -> None:
-        stored = _Stored(offer=offer, session=session.state)
-        self._store.save_step(session.state.context, step.value, canonical(stored), reply)
+    def _save(
+        self,
+        step: Step,
+        offer: Envelope[Offer],
+        session: SiteSession,
+        reply: bytes,
+        *,
+        expires: float | None = None,
+    ) -> None:
+        stored = canonical(_Stored(offer=offer, session=session.state))
+        self._store.save_step(session.state.context, step.value, stored, reply, expires=expires)
+
+    def _erase_expired(self) -> None:
+        """Erase the secrets of attempts whose deadline has passed, before anything else is done."""
+        for context in self._store.erase_expired(self._clock()):
+            log.warning(
+                "%s: attempt %s was not finished in time; its secrets are erased",
+                self._policy.site,
+                context[:16],
+            )
 
     def _load(self, context: str) -> _Stored:
         found = self._store.load_state(context)

@@ -17,6 +17,7 @@ from typing import Self
 from fedfuse_client import datasets
 from fedfuse_client.chain import Chain
 from fedfuse_client.store_database import WAIT, Database
+from fedfuse_shared import limits
 from fedfuse_shared.config.base import Hex32, Label, SiteName
 from fedfuse_shared.errors import StateError
 from fedfuse_shared.ledger.records import Charge
@@ -88,7 +89,9 @@ class SiteStore:
         """
         return [item.charge for item in datasets.spent(self._database, dataset)]
 
-    def save_step(self, context: Hex32, phase: str, state: bytes, reply: bytes) -> None:
+    def save_step(
+        self, context: Hex32, phase: str, state: bytes, reply: bytes, *, expires: float | None = None
+    ) -> None:
         """Store the state after a phase and the reply to it, before that reply is sent.
 
         Args:
@@ -96,6 +99,8 @@ class SiteStore:
             phase: The exchange that was answered.
             state: What the next phase needs; it replaces the state before, which is overwritten.
             reply: Exactly the bytes that will be sent.
+            expires: When all that is stored for the context has to be erased (seconds since 1970); said in the
+                first phase.
 
         Raises:
             StateError: the phase was answered before, or the context is finished.
@@ -108,12 +113,13 @@ class SiteStore:
                     advice="send the stored reply again: a second, different one could be combined with it",
                 )
             self._database.rows(
-                "INSERT INTO session VALUES (?, ?, ?, ?) ON CONFLICT (context) DO UPDATE "
+                "INSERT INTO session VALUES (?, ?, ?, ?, ?) ON CONFLICT (context) DO UPDATE "
                 "SET phase = excluded.phase, state = excluded.state, checksum = excluded.checksum",
                 context,
                 phase,
                 state,
                 _checksum(phase, state),
+                expires,
             )
             self._save_reply(context, phase, reply)
 
@@ -155,11 +161,31 @@ class SiteStore:
         with self.transaction():
             self._database.rows("DELETE FROM reply WHERE context = ?", context)
             self._database.rows(
-                "INSERT INTO session VALUES (?, NULL, NULL, NULL) ON CONFLICT (context) DO UPDATE "
+                "INSERT INTO session VALUES (?, NULL, NULL, NULL, NULL) ON CONFLICT (context) DO UPDATE "
                 "SET phase = NULL, state = NULL, checksum = NULL",
                 context,
             )
             self._database.scrub()
+
+    def erase_expired(self, now: float) -> list[Hex32]:
+        """Erase what is stored for attempts whose deadline has passed, and return their contexts.
+
+        Args:
+            now: Seconds since 1970. Of a clock that was set back by days no deadline would ever be reached: one that
+                lies further ahead than any attempt may last has passed too.
+        """
+        late = [
+            context
+            for (context,) in self._database.rows(
+                "SELECT context FROM session WHERE (expires <= ? OR expires > ?) "
+                "AND (state IS NOT NULL OR context IN (SELECT context FROM reply))",
+                now,
+                now + limits.MAX_ROUND_SECONDS,
+            )
+        ]
+        for context in late:
+            self.erase(context)
+        return late
 
     def is_finished(self, context: Hex32) -> bool:
         """Return whether a context was finished or erased."""

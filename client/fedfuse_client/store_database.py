@@ -28,7 +28,7 @@ from fedfuse_shared.ledger.records import FIRST_LINK
 
 APPLICATION: Final = 0x66656466
 """SQLite's application id of a site store: "fedf" in ASCII."""
-VERSION: Final = 1
+VERSION: Final = 2
 """Version of the schema below."""
 WAIT: Final = 10.0
 """Longest wait for another process to close the store (seconds): longer than one message is served."""
@@ -69,6 +69,7 @@ CREATE TABLE session (
     phase TEXT,
     state BLOB,
     checksum BLOB,
+    expires REAL,
     CHECK ((phase IS NULL) = (state IS NULL) AND (state IS NULL) = (checksum IS NULL))
 ) STRICT;
 CREATE TABLE reply (
@@ -81,6 +82,9 @@ CREATE TABLE reply (
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
 """
+
+_MIGRATIONS: Final = {1: "ALTER TABLE session ADD COLUMN expires REAL"}
+"""What makes a store of one version one of the next; an attempt begun under version 1 has no deadline."""
 
 
 class Database:
@@ -212,6 +216,8 @@ class Database:
 
     def _check(self) -> None:
         """Refuse a file that is not a whole site store of this version."""
+        if self.rows("PRAGMA application_id") == [(APPLICATION,)]:
+            self._migrate()
         found = self.rows("PRAGMA application_id"), self.rows("PRAGMA user_version")
         if found != ([(APPLICATION,)], [(VERSION,)]):
             raise StateError(
@@ -224,6 +230,13 @@ class Database:
         self._check_leaves()
         # After a crash the log may still hold what was deleted.
         self._truncate_log()
+
+    def _migrate(self) -> None:
+        """Bring an older store to this version, each step whole or not at all."""
+        while (version := self.rows("PRAGMA user_version")[0][0]) in _MIGRATIONS:
+            with self.transaction():
+                self.rows(_MIGRATIONS[version])
+                self.rows(f"PRAGMA user_version = {version + 1}")
 
     def _check_leaves(self) -> None:
         """Check that every chain is contiguous, linked, and byte for byte what was written."""

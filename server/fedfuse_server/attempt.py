@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedfuse_server.books import Books
@@ -68,24 +67,17 @@ class Attempt:
         session = ServerSession(offer, self.roster, self.key, os.urandom)
         raw_offer = encode(self.envelope)
         offered = dict.fromkeys(offer.participants, Parcel(body=raw_offer))
-        present = self._collect(Step.KEYS, offered, lambda s, p: session.receive_keys(s, p.body))
-        key_list = Parcel(body=session.key_list())
+        self._collect(Step.KEYS, offered, lambda s, p: session.receive_keys(s, p.body))
         self._collect(
-            Step.SHARES, dict.fromkeys(present, key_list), lambda s, p: session.receive_dealing(s, p.body)
+            Step.SHARES, _parcels(session.key_lists()), lambda s, p: session.receive_dealing(s, p.body)
         )
-        to_train = {site: Parcel(body=raw, vector=weights) for site, raw in session.deliveries().items()}
+        to_train = _parcels(session.deliveries(), vector=weights)
         self._collect(Step.UPDATE, to_train, lambda s, p: self._take_vector(session, s, p))
-        survivors = Parcel(body=session.survivors())
         self._collect(
-            Step.AGREE,
-            dict.fromkeys(session.vectors, survivors),
-            lambda s, p: session.receive_agreement(s, p.body),
+            Step.AGREE, _parcels(session.survivors()), lambda s, p: session.receive_agreement(s, p.body)
         )
-        unmasking = Parcel(body=session.unmasking())
         self._collect(
-            Step.UNMASK,
-            dict.fromkeys(session.agreements, unmasking),
-            lambda s, p: session.receive_reveal(s, p.body),
+            Step.UNMASK, _parcels(session.unmasking()), lambda s, p: session.receive_reveal(s, p.body)
         )
         return session
 
@@ -93,10 +85,10 @@ class Attempt:
         receipt = self._receipts.get(site)
         if receipt is None:
             raise ProtocolError("sent a vector without a receipt", who=site)
-        session.receive_vector(site, receipt, np.frombuffer(parcel.vector, dtype="<u4"))
+        session.receive_vector(site, receipt, parcel.vector)
 
-    def _collect(self, step: Step, parcels: Mapping[str, Parcel], receive: Receive) -> list[str]:
-        """Ask one step's question and return the sites whose answers counted."""
+    def _collect(self, step: Step, parcels: Mapping[str, Parcel], receive: Receive) -> None:
+        """Ask one step's question and take every answer that counts."""
         offer = self.envelope.body
         context = offer.context()
         names = {self.nodes[site]: site for site in parcels}
@@ -105,7 +97,6 @@ class Attempt:
             # Each site is shown its own last leaf, so that one restored from an old backup notices.
             sequence, head = self.books.head(site)
             asked[node] = replace(parcels[site], context=context, known=sequence, leaves=(head,))
-        present = []
         for node, answer in self.exchange.ask(step, asked, f"{offer.round}.{offer.attempt}").items():
             site = names[node]
             try:
@@ -115,11 +106,9 @@ class Attempt:
                 if answer.problem:
                     raise ProtocolError(answer.problem, who=site)
                 receive(site, answer)
-                present.append(site)
             except (ProtocolError, VerificationError) as problem:
                 log.info("round %s: %s is left out of %s: %s", offer.round, site, step.value, problem)
                 tell(SiteLeftOut(offer.round, site, step.value, problem.message))
-        return present
 
     def _take_leaves(self, site: str, parcel: Parcel, context: str) -> None:
         for leaf in self.books.take(site, parcel.leaves):
@@ -128,3 +117,7 @@ class Attempt:
                 self._receipts[site] = cast("Envelope[Receipt]", leaf)
             elif isinstance(body, Refusal) and body.context == context:
                 self.refused.add(site)
+
+
+def _parcels(bodies: Mapping[str, bytes], vector: bytes = b"") -> dict[str, Parcel]:
+    return {site: Parcel(body=body, vector=vector) for site, body in bodies.items()}

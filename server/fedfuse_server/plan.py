@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedfuse_shared.config.base import Trust
-from fedfuse_shared.config.federation import RunConfig
+from fedfuse_shared.config.federation import GraphKind, RunConfig, SecureAggregationConfig
 from fedfuse_shared.config.privacy import PrivacyConfig
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.offer import Offer, RoundPrivacy, Segment
@@ -14,7 +15,8 @@ from fedfuse_shared.offer import plan_hash as offered_plan
 from fedfuse_shared.privacy.calibration import noise_multiplier
 from fedfuse_shared.roster import Roster
 from fedfuse_shared.secagg.bounds import Bounds, choose
-from fedfuse_shared.secagg.quantise import largest_scale
+from fedfuse_shared.secagg.ring import largest_scale
+from fedfuse_shared.secagg.sparse import choose_graph
 
 NO_NOISE = 1e-6
 """Noise multiplier of ``trust = "none"``: too small to protect anything, and accounted as infinite epsilon."""
@@ -98,8 +100,11 @@ def bounds_for(config: RunConfig, sites: int, participants: int) -> Bounds:
         ConfigError: the configured bounds do not fit.
     """
     wanted = config.secure_aggregation
+    size = cohort(config, sites)
+    if wanted.graph is GraphKind.SPARSE:
+        return _sparse_bounds(wanted, size, min(size, participants))
     full = choose(
-        cohort(config, sites),
+        size,
         threshold=wanted.threshold,
         colluders=wanted.colluders,
         min_survivors=wanted.min_survivors,
@@ -112,6 +117,20 @@ def bounds_for(config: RunConfig, sites: int, participants: int) -> Bounds:
         colluders=full.colluders,
         min_survivors=full.min_survivors,
     )
+
+
+def _sparse_bounds(wanted: SecureAggregationConfig, size: int, participants: int) -> Bounds:
+    if wanted.threshold is not None:
+        raise ConfigError(
+            "the threshold of a sparse graph is computed",
+            advice="leave secure_aggregation.threshold out",
+        )
+    colluders = math.ceil(wanted.corruption * size) if wanted.colluders is None else wanted.colluders
+    least = size - math.ceil(wanted.dropout * size) if wanted.min_survivors is None else wanted.min_survivors
+    chosen = choose_graph(participants, colluders=colluders, min_survivors=least)
+    bounds = Bounds(participants, chosen.threshold, colluders, least, chosen.neighbours)
+    bounds.check()
+    return bounds
 
 
 @dataclass(frozen=True)
@@ -150,11 +169,13 @@ class Plan:
             training=self.config.training,
             layout=self.layout,
             participants=tuple(sorted(participants)),
+            neighbours=bounds.neighbours,
             threshold=bounds.threshold,
             colluders=bounds.colluders,
             min_survivors=bounds.min_survivors,
-            ring_bits=32,
-            scale=largest_scale(len(participants), secure.clip_range, 32),
+            lifetime=secure.lifetime,
+            ring_bits=secure.ring_bits,
+            scale=largest_scale(len(participants), secure.clip_range, secure.ring_bits),
             clip_range=secure.clip_range,
             privacy=round_privacy(self.config.privacy),
         )

@@ -15,10 +15,14 @@ MAX_VECTOR: Final = 2**28
 """Longest update vector (coordinates)."""
 MAX_SITES: Final = 100
 """Most participants of one offer on the complete graph (sites)."""
+MAX_SPARSE_SITES: Final = 10_000
+"""Most participants of one offer on a sparse graph, where a server is trusted not to lie (sites)."""
 MIN_SITES: Final = 3
 """Fewest participants of one offer: with two, each learns the other's update from the sum (sites)."""
 MAX_SEGMENTS: Final = 256
 """Most segments of an update layout."""
+MAX_ROUND_SECONDS: Final = 7 * 86_400
+"""Longest time a site keeps the secrets of an attempt, whatever is offered (seconds)."""
 
 # --- data at a site ---------------------------------------------------------------------------------------
 MAX_MANIFEST: Final = 2**30
@@ -44,6 +48,9 @@ LABEL_SEED_COMMITMENT: Final = b"fedfuse/v1/seed-commitment"
 LABEL_SHARE: Final = b"fedfuse/v1/share"
 LABEL_KEYS: Final = b"fedfuse/v1/u1"
 LABEL_DEALINGS: Final = b"fedfuse/v1/u2"
+LABEL_VECTORS: Final = b"fedfuse/v1/u3"
+LABEL_ROLL: Final = b"fedfuse/v1/roll"
+LABEL_GRAPH: Final = b"fedfuse/v1/graph"
 LABEL_VECTOR: Final = b"fedfuse/v1/vector"
 LABEL_MODEL: Final = b"fedfuse/v1/model"
 LABEL_POLICY: Final = b"fedfuse/v1/policy"

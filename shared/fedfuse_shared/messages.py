@@ -17,6 +17,8 @@ from fedfuse_shared.envelope import Body, Envelope
 
 Share = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{66}$")]
 """One Shamir share: a field element of 33 bytes in hexadecimal."""
+Bitmap = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){1,1250}$")]
+"""Some of an offer's participants: bit i of the little-endian bytes stands for the i-th, in hexadecimal."""
 Sealed = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){0,400}$")]
 """An AES-256-GCM nonce and ciphertext in hexadecimal; empty for a dealer's own share."""
 
@@ -68,12 +70,21 @@ class RoundKeys(RoundBody):
     mask: Hex32
 
 
+class Roll(Frozen):
+    """A set of participants and the hash of what each of them sent, those a site does not see included."""
+
+    members: Bitmap
+    items: Hex32
+
+
 class KeyList(RoundBody):
-    """1. server -> sites: the keys of everyone who answered the offer, U1."""
+    """1. server -> site: the keys of its neighbourhood in U1, those who answered the offer."""
 
     kind: ClassVar[str] = "key-list"
 
     keys: Annotated[tuple[Envelope[RoundKeys], ...], Field(max_length=limits.MAX_SITES)]
+    roll: Roll | None
+    """All of U1 on a sparse graph; on the complete one everybody is seen and nothing is taken on trust."""
 
 
 class ShareNote(RoundBody):
@@ -89,7 +100,7 @@ class ShareNote(RoundBody):
 
 
 class Dealing(RoundBody):
-    """2. dealer -> server: one note for every member of U1, its own included."""
+    """2. dealer -> server: one note for every member of its neighbourhood, its own included."""
 
     kind: ClassVar[str] = "dealing"
 
@@ -97,19 +108,23 @@ class Dealing(RoundBody):
 
 
 class Delivery(RoundBody):
-    """3. server -> holder: the notes addressed to it by everyone who dealt, U2."""
+    """3. server -> holder: the notes addressed to it by its neighbourhood in U2, those who dealt."""
 
     kind: ClassVar[str] = "delivery"
 
     notes: Annotated[tuple[Envelope[ShareNote], ...], Field(max_length=limits.MAX_SITES)]
+    roll: Roll | None
+    """All of U2 on a sparse graph."""
 
 
 class Survivors(RoundBody):
-    """4. server -> sites: whose masked vectors arrived, U3, and their hashes."""
+    """4. server -> site: its neighbourhood in U3, those whose masked vectors arrived, and the vectors' hashes."""
 
     kind: ClassVar[str] = "survivors"
 
-    vectors: dict[SiteName, Hex32]
+    vectors: Annotated[dict[SiteName, Hex32], Field(max_length=limits.MAX_SITES)]
+    roll: Roll | None
+    """All of U3 on a sparse graph."""
 
 
 class Agreement(RoundBody):
@@ -118,8 +133,11 @@ class Agreement(RoundBody):
     kind: ClassVar[str] = "agreement"
 
     keys_hash: Hex32
+    """Hash of the roll of U1 and everybody's keys."""
     dealings_hash: Hex32
-    vectors: dict[SiteName, Hex32]
+    """Hash of the roll of U2 and everybody's commitments."""
+    survivors_hash: Hex32
+    """Hash of the roll of U3 and everybody's vectors."""
 
 
 class Unmasking(RoundBody):
@@ -135,8 +153,8 @@ class Reveal(RoundBody):
 
     kind: ClassVar[str] = "reveal"
 
-    seed_shares: dict[SiteName, Share]
-    mask_shares: dict[SiteName, Share]
+    seed_shares: Annotated[dict[SiteName, Share], Field(max_length=limits.MAX_SITES)]
+    mask_shares: Annotated[dict[SiteName, Share], Field(max_length=limits.MAX_SITES)]
     bad_dealers: Annotated[tuple[SiteName, ...], Field(max_length=limits.MAX_SITES)]
     """Dealers whose share could not be opened or did not match the hash they signed."""
 

@@ -9,13 +9,13 @@ from pydantic import Field
 
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen, Hex32, Label, Modality, SiteName, Trust
-from fedfuse_shared.config.federation import TrainingConfig
+from fedfuse_shared.config.federation import Lifetime, RingBits, TrainingConfig
 from fedfuse_shared.config.model import ModelConfig
 from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate
 from fedfuse_shared.envelope import Body, canonical
 
 Adjacency = Literal["add-or-remove-one-record"]
-SiteCount = Annotated[int, Field(ge=0, le=limits.MAX_SITES)]
+SiteCount = Annotated[int, Field(ge=0, le=limits.MAX_SPARSE_SITES)]
 
 
 class Segment(Frozen):
@@ -68,12 +68,16 @@ class Offer(Body):
     training: TrainingConfig
     layout: Annotated[tuple[Segment, ...], Field(min_length=1, max_length=limits.MAX_SEGMENTS)]
     participants: Annotated[
-        tuple[SiteName, ...], Field(min_length=limits.MIN_SITES, max_length=limits.MAX_SITES)
+        tuple[SiteName, ...], Field(min_length=limits.MIN_SITES, max_length=limits.MAX_SPARSE_SITES)
     ]
+    neighbours: Annotated[int, Field(ge=0, lt=limits.MAX_SITES)]
+    """Sites each site shares masks with; 0: all of them."""
     threshold: SiteCount
     colluders: SiteCount
     min_survivors: SiteCount
-    ring_bits: Literal[32]
+    lifetime: Lifetime
+    """Seconds after which a site erases the attempt's secrets, whether or not it was opened."""
+    ring_bits: RingBits
     scale: Annotated[float, Field(gt=0, le=2.0**40)]
     """Steps of the fixed-point grid per unit."""
     clip_range: Positive

@@ -32,7 +32,7 @@ class Parcel:
         body: One signed message; empty where the step has none or the site has a problem.
         leaves: Leaves of the site's chain, oldest first.
         known: Sequence number of the site's last leaf on the server's ledger (server to site only).
-        vector: Raw little-endian 32-bit words: global weights to a site, the masked vector from it.
+        vector: Global weights to a site, little-endian float32; from it the masked vector, packed ring words.
         problem: Why a site cannot do the step; empty otherwise.
     """
 
@@ -97,6 +97,6 @@ def _vector(records: RecordDict, who: str) -> bytes:
     if array is None:
         return b""
     data = array.data
-    if array.stype != _STYPE or len(data) % 4 or len(data) > 4 * limits.MAX_VECTOR:
+    if array.stype != _STYPE or len(data) > 4 * limits.MAX_VECTOR:
         raise ProtocolError("sent a malformed vector", who=who)
     return data

@@ -76,6 +76,8 @@ def provision(
             max_sampling_rate=config.privacy.sampling_rate,
             max_steps_per_round=config.privacy.steps_per_round,
             max_clip=config.privacy.clip,
+            graphs=(config.secure_aggregation.graph,),
+            max_lifetime=config.secure_aggregation.lifetime,
             plans=(plan_hash(config),),
         )
         save_toml(folder.policy, policy)

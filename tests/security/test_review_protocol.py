@@ -16,6 +16,7 @@ from fedfuse_client.store import SiteStore
 from fedfuse_server.books import Books
 from fedfuse_server.events import RoundOpened, RunStopped, SiteLeftOut
 from fedfuse_shared.config.base import SERVER, Modality, Trust
+from fedfuse_shared.config.federation import GraphKind
 from fedfuse_shared.config.files import save_toml
 from fedfuse_shared.config.model import EncoderConfig, ModelConfig
 from fedfuse_shared.crypto import shamir
@@ -275,7 +276,11 @@ def test_a_fork_of_a_chain_is_noticed_below_its_head_too(books):
 
     def policy_leaf(digit):
         return lambda s, p: Policy(
-            seq=s, prev=p, trust=(Trust.SITE,), **{**fields, "policy_hash": digit * 64}
+            seq=s,
+            prev=p,
+            trust=(Trust.SITE,),
+            graphs=(GraphKind.COMPLETE,),
+            **{**fields, "policy_hash": digit * 64},
         )
 
     books.take(E, chain_of(policy_leaf("a"), policy_leaf("b")))
@@ -286,7 +291,11 @@ def test_a_fork_of_a_chain_is_noticed_below_its_head_too(books):
 
 def test_a_leaf_has_a_bounded_size(books):
     policy = load_fields()
-    raw = chain_of(lambda s, p: Policy(seq=s, prev=p, trust=(Trust.SITE,) * 500_000, **policy))
+    raw = chain_of(
+        lambda s, p: Policy(
+            seq=s, prev=p, trust=(Trust.SITE,) * 500_000, graphs=(GraphKind.COMPLETE,), **policy
+        )
+    )
     assert len(raw[0]) > 3_000_000
     with pytest.raises(ProtocolError):
         books.take(E, raw)
@@ -317,7 +326,7 @@ def test_a_low_order_mask_key_alone_is_refused_before_anything_is_dealt():
     keys = {n: decode(sequence.sites[n].advertise(), RoundKeys, who=n) for n in FEDERATION.names}
     bad = keys[E].body.model_copy(update={"mask": "01" + "00" * 31})
     keys[E] = seal(bad, E, FEDERATION.keys[E])
-    listed = signed_by_server(KeyList(context=sequence.offer.context(), keys=tuple(keys.values())))
+    listed = signed_by_server(KeyList(context=sequence.offer.context(), keys=tuple(keys.values()), roll=None))
     with pytest.raises(ProtocolError, match="low order"):
         sequence.sites[A].deal(listed)
 

@@ -46,7 +46,7 @@ def advertised(sequence):
 
 
 def key_list(sequence, envelopes):
-    body = KeyList(context=sequence.offer.context(), keys=tuple(envelopes))
+    body = KeyList(context=sequence.offer.context(), keys=tuple(envelopes), roll=None)
     return signed_by_server(body, sequence.federation)
 
 
@@ -63,7 +63,7 @@ def up_to_vectors(sequence, senders=None):
 
 
 def survivors(sequence, vectors):
-    return signed_by_server(Survivors(context=sequence.offer.context(), vectors=vectors))
+    return signed_by_server(Survivors(context=sequence.offer.context(), vectors=vectors, roll=None))
 
 
 # --- keys ---------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_replay_of_keys_from_another_attempt_round_run_or_model(change):
 def test_replay_of_the_servers_own_messages():
     old, new = fresh(), fresh(attempt=2)
     with pytest.raises(ProtocolError, match="another attempt"):
-        new.sites[A].deal(old.keys(list(FEDERATION.names)))
+        new.sites[A].deal(old.keys(list(FEDERATION.names))[A])
 
 
 def test_a_different_model_shown_to_one_site_does_not_cancel_its_masks():
@@ -195,7 +195,7 @@ def test_a_different_model_shown_to_one_site_does_not_cancel_its_masks():
 def test_a_message_not_signed_by_the_server_is_refused():
     sequence = fresh()
     keys = tuple(advertised(sequence).values())
-    body = KeyList(context=sequence.offer.context(), keys=keys)
+    body = KeyList(context=sequence.offer.context(), keys=keys, roll=None)
     with pytest.raises(ProtocolError, match="must come from the server"):
         sequence.sites[A].deal(encode(seal(body, B, FEDERATION.keys[B])))
     with pytest.raises(VerificationError):
@@ -215,10 +215,10 @@ def test_u2_outside_u1():
     small = [keys[n] for n in names[:5]]
     everyone = key_list(sequence, keys.values())
     notes = {n: deal(sequence, n, everyone).notes for n in names[1:]}
-    body = KeyList(context=sequence.offer.context(), keys=tuple(small))
+    body = KeyList(context=sequence.offer.context(), keys=tuple(small), roll=None)
     own = deal(sequence, names[0], encode(seal(body, SERVER, federation.server))).notes
     mine = [note for notes in [own, *notes.values()] for note in notes if note.body.holder == names[0]]
-    delivery = Delivery(context=sequence.offer.context(), notes=tuple(mine))
+    delivery = Delivery(context=sequence.offer.context(), notes=tuple(mine), roll=None)
     with pytest.raises(ProtocolError, match=names[5]):
         sequence.sites[names[0]].accept_delivery(encode(seal(delivery, SERVER, federation.server)))
 
@@ -226,26 +226,26 @@ def test_u2_outside_u1():
 def test_swapped_shares_meant_for_another_site():
     sequence = fresh()
     everyone = list(FEDERATION.names)
-    listed = sequence.keys(everyone)
+    listed = sequence.keys(everyone)[A]
     dealings = {n: deal(sequence, n, listed) for n in everyone}
     swapped = tuple(
         next(note for note in dealings[n].notes if note.body.holder == (B if n == C else A)) for n in everyone
     )
     with pytest.raises(ProtocolError, match="meant for another"):
         sequence.sites[A].accept_delivery(
-            signed_by_server(Delivery(context=sequence.offer.context(), notes=swapped))
+            signed_by_server(Delivery(context=sequence.offer.context(), notes=swapped, roll=None))
         )
 
 
 def test_too_few_dealers_are_forwarded():
     sequence = fresh()
     everyone = list(FEDERATION.names)
-    listed = sequence.keys(everyone)
+    listed = sequence.keys(everyone)[A]
     dealings = {n: deal(sequence, n, listed) for n in everyone}
     few = tuple(next(x for x in dealings[n].notes if x.body.holder == A) for n in (A, B, C))
     with pytest.raises(ProtocolError, match="below the offer's bounds"):
         sequence.sites[A].accept_delivery(
-            signed_by_server(Delivery(context=sequence.offer.context(), notes=few))
+            signed_by_server(Delivery(context=sequence.offer.context(), notes=few, roll=None))
         )
 
 
@@ -266,7 +266,7 @@ class WrongDealer:
 def test_a_wrong_dealer_is_named_and_nothing_is_opened(monkeypatch, kind):
     sequence = fresh()
     everyone = list(FEDERATION.names)
-    listed = sequence.keys(everyone)
+    listed = sequence.keys(everyone)[A]
     for name in everyone:
         with monkeypatch.context() as patch:
             if name == E:
@@ -283,19 +283,19 @@ def test_a_wrong_dealer_is_named_and_nothing_is_opened(monkeypatch, kind):
 def test_a_wrong_share_at_the_unmasking_is_told_from_a_wrong_dealer():
     sequence = fresh()
     up_to_vectors(sequence)
-    unmasking = sequence.agree(list(FEDERATION.names))
+    unmasking = sequence.agree(list(FEDERATION.names))[A]
     honest = decode(sequence.sites[E].reveal(unmasking), Reveal, who=E).body
     lie = honest.model_copy(update={"seed_shares": {**honest.seed_shares, A: "00" * 33}})
     with pytest.raises(ProtocolError, match=rf"{E}.*another share than {A}"):
         sequence.server.receive_reveal(E, encode(seal(lie, E, FEDERATION.keys[E])))
     # The others still open the round.
-    assert sequence.unmask([A, B, C, D], unmasking)[0] == 5 * 7
+    assert sequence.unmask([A, B, C, D], dict.fromkeys(FEDERATION.names, unmasking))[0] == 5 * 7
 
 
 def test_a_bad_share_does_not_change_what_is_masked_with():
     sequence = fresh()
     everyone = list(FEDERATION.names)
-    listed = sequence.keys(everyone)
+    listed = sequence.keys(everyone)[A]
     for name in everyone:
         dealing = deal(sequence, name, listed)
         if name == E:  # E's note to A is sealed garbage, duly signed
@@ -310,15 +310,15 @@ def test_a_bad_share_does_not_change_what_is_masked_with():
     deliveries = sequence.server.deliveries()
     for name in everyone:
         sequence.send(name, words(sequence, 3), deliveries[name])
-    unmasking = sequence.agree(everyone)
+    unmasking = sequence.agree(everyone)[A]
     assert decode(sequence.sites[A].reveal(unmasking), Reveal, who=A).body.bad_dealers == (E,)
-    assert sequence.unmask([B, C, D, E], unmasking)[0] == 5 * 3
+    assert sequence.unmask([B, C, D, E], dict.fromkeys(FEDERATION.names, unmasking))[0] == 5 * 3
 
 
 @pytest.mark.parametrize("fault", ["missing", "twice", "two seeds", "other context", "other author"])
 def test_a_dealing_that_is_not_one_note_for_each(fault):
     sequence = fresh()
-    listed = sequence.keys(list(FEDERATION.names))
+    listed = sequence.keys(list(FEDERATION.names))[A]
     notes = list(deal(sequence, E, listed).notes)
     body: ShareNote = notes[0].body
     change = {
@@ -366,9 +366,11 @@ def test_a_vector_that_is_not_the_one_its_receipt_is_for():
     sequence.sites[A].accept_delivery(deliveries[A])
     masked, vector_hash = sequence.sites[A].mask(words(sequence))
     with pytest.raises(ProtocolError, match="another vector"):
-        sequence.server.receive_vector(A, sequence.receipt(A, vector_hash), masked + np.uint32(1))
-    with pytest.raises(ProtocolError, match="shape"):
-        sequence.server.receive_vector(A, sequence.receipt(A, vector_hash), masked[:-1])
+        sequence.server.receive_vector(A, sequence.receipt(A, vector_hash), masked[:-1] + b"?")
+    short = masked[:-1]
+    short_hash = transcript.vector_hash(sequence.offer.context(), short)
+    with pytest.raises(ProtocolError, match="bytes, not"):
+        sequence.server.receive_vector(A, sequence.receipt(A, short_hash), short)
     with pytest.raises(ProtocolError, match=A):
         sequence.server.receive_vector(A, sequence.receipt(B, vector_hash), masked)
 
@@ -377,7 +379,7 @@ def test_a_late_vector_after_the_survivors_agreed():
     sequence = fresh()
     deliveries = up_to_vectors(sequence, [A, B, C, D])
     sequence.sites[E].accept_delivery(deliveries[E])
-    shown = sequence.server.survivors()
+    shown = sequence.server.survivors()[A]
     sequence.sites[E].agree(shown)
     with pytest.raises(ProtocolError):
         sequence.sites[E].mask(words(sequence))
@@ -390,13 +392,13 @@ def test_u3_outside_the_sites_u2_split_views():
     # The server shows A a U2 without E, and others one with E; A must not agree to a U3 that holds E.
     sequence = fresh()
     everyone = list(FEDERATION.names)
-    listed = sequence.keys(everyone)
+    listed = sequence.keys(everyone)[A]
     dealings = {n: deal(sequence, n, listed) for n in everyone}
     for name in everyone:
         seen = [n for n in everyone if not (name == A and n == E)]
         notes = tuple(next(x for x in dealings[n].notes if x.body.holder == name) for n in seen)
         sequence.sites[name].accept_delivery(
-            signed_by_server(Delivery(context=sequence.offer.context(), notes=notes))
+            signed_by_server(Delivery(context=sequence.offer.context(), notes=notes, roll=None))
         )
     hashes = {n: sequence.sites[n].mask(words(sequence))[1] for n in everyone}
     with pytest.raises(ProtocolError, match="dealt no shares"):
@@ -468,7 +470,7 @@ def test_too_few_survivors_are_shown():
 def test_a_site_agrees_once():
     sequence = fresh()
     up_to_vectors(sequence)
-    shown = sequence.server.survivors()
+    shown = sequence.server.survivors()[A]
     sequence.sites[A].agree(shown)
     sequence.restart(A)
     with pytest.raises(ProtocolError):
@@ -481,7 +483,7 @@ def test_a_site_agrees_once():
 def test_a_second_unmasking_is_refused():
     sequence = fresh()
     up_to_vectors(sequence)
-    unmasking = sequence.agree(list(FEDERATION.names))
+    unmasking = sequence.agree(list(FEDERATION.names))[A]
     sequence.sites[A].reveal(unmasking)
     sequence.restart(A)
     with pytest.raises(ProtocolError):
@@ -491,7 +493,7 @@ def test_a_second_unmasking_is_refused():
 def test_too_few_agreements_are_shown():
     sequence = fresh()
     up_to_vectors(sequence)
-    shown = sequence.server.survivors()
+    shown = sequence.server.survivors()[A]
     signed = [decode(sequence.sites[n].agree(shown), Agreement, who=n) for n in (A, B, C)]
     body = Unmasking(context=sequence.offer.context(), agreements=(*signed, signed[0], signed[1]))
     with pytest.raises(ProtocolError, match="3 agreements of 4"):
@@ -501,7 +503,7 @@ def test_too_few_agreements_are_shown():
 def test_forged_agreements():
     sequence = fresh()
     up_to_vectors(sequence)
-    shown = sequence.server.survivors()
+    shown = sequence.server.survivors()[A]
     signed = {n: decode(sequence.sites[n].agree(shown), Agreement, who=n) for n in (A, B)}
     forged = [seal(signed[A].body, n, FEDERATION.server) for n in (C, D, E)]
     body = Unmasking(context=sequence.offer.context(), agreements=(*signed.values(), *forged))
@@ -512,7 +514,7 @@ def test_forged_agreements():
 def test_never_both_shares_of_one_peer():
     sequence = fresh()
     up_to_vectors(sequence, [A, B, C, D])
-    unmasking = sequence.agree([A, B, C, D])
+    unmasking = sequence.agree([A, B, C, D])[A]
     for name in (A, B, C, D):
         body = decode(sequence.sites[name].reveal(unmasking), Reveal, who=name).body
         assert set(body.seed_shares) == {A, B, C, D}
@@ -522,7 +524,7 @@ def test_never_both_shares_of_one_peer():
 def test_shares_of_the_wrong_kind_are_refused_by_the_server():
     sequence = fresh()
     up_to_vectors(sequence)
-    unmasking = sequence.agree(list(FEDERATION.names))
+    unmasking = sequence.agree(list(FEDERATION.names))[A]
     honest = decode(sequence.sites[E].reveal(unmasking), Reveal, who=E).body
     swapped = honest.model_copy(update={"seed_shares": {}, "mask_shares": honest.seed_shares})
     with pytest.raises(ProtocolError, match="wrong kind"):
@@ -562,7 +564,7 @@ def test_the_usual_choice_is_safe_for_every_number_of_sites(n):
 def test_truncated_padded_and_garbage_messages_change_nothing(mutate):
     sequence = fresh()
     everyone = list(FEDERATION.names)
-    listed = sequence.keys(everyone)
+    listed = sequence.keys(everyone)[A]
     before = sequence.sites[A].state
     with pytest.raises(ProtocolError):
         sequence.sites[A].deal(mutate(listed))

@@ -16,11 +16,13 @@ from support.federation import Federation, Round, run_round
 
 from fedfuse_shared.crypto.derive import End
 from fedfuse_shared.crypto.keys import public_of
-from fedfuse_shared.secagg import masking, quantise
-from fedfuse_shared.secagg.masking import Pair, apply_pair_mask, apply_self_mask
+from fedfuse_shared.crypto.keystream import apply_masks
+from fedfuse_shared.secagg import quantise
+from fedfuse_shared.secagg.masking import MaskOwner, inverse, pair_masks, self_mask
+from fedfuse_shared.secagg.packing import add_packed, packed_size
 
 HONEST = ("site00", "site01")
-REAL = masking.apply_pair_mask
+UNKNOWN = b"the key only two sites have.".ljust(32)
 
 
 def updates(federation, offer, numbers):
@@ -38,11 +40,16 @@ class HonestPairMask:
     def __init__(self, stream, *, removed=False):
         self.stream, self.removed = stream, removed
 
-    def __call__(self, words, pair, *, remove):
-        if {pair.name, pair.peer.name} != set(HONEST):
-            REAL(words, pair, remove=remove)
-        elif not self.removed:
-            words += self.stream if (pair.name < pair.peer.name) is not remove else -self.stream
+    def pair_masks(self, owner, peers):
+        masks = zip(peers, pair_masks(owner, peers), strict=True)
+        return [m._replace(key=UNKNOWN) if {owner.name, peer.name} == set(HONEST) else m for peer, m in masks]
+
+    def apply_masks(self, words, masks):
+        masks = list(masks)
+        apply_masks(words, [mask for mask in masks if mask.key != UNKNOWN])
+        for mask in masks:
+            if mask.key == UNKNOWN and not self.removed:
+                words += -self.stream if mask.subtract else self.stream
 
 
 def play(monkeypatch, inputs, mask, drop=()):
@@ -50,7 +57,8 @@ def play(monkeypatch, inputs, mask, drop=()):
     from fedfuse_shared.secagg import server, site
 
     for module in (site, server):
-        monkeypatch.setattr(module, "apply_pair_mask", mask)
+        monkeypatch.setattr(module, "pair_masks", mask.pair_masks)
+        monkeypatch.setattr(module, "apply_masks", mask.apply_masks)
     federation = Federation(tuple(inputs))
     sequence = Round(federation, federation.offer(), seed="view")
     senders = [n for n in inputs if n not in drop]
@@ -94,26 +102,25 @@ def stripped(sequence, words):
     federation, context = sequence.federation, sequence.offer.context()
     left = {}
     run_round(sequence, words)
-    masked = {
-        n: np.frombuffer(raw, np.uint32).copy()
-        for n, raw in zip(federation.names, vectors(sequence), strict=True)
-    }
-    for name in HONEST:
-        residue = masked[name]
+    for name, raw in zip(federation.names, vectors(sequence), strict=True):
+        if name not in HONEST:
+            continue
+        residue = np.zeros(quantise.vector_length(sequence.offer), np.uint32)
+        add_packed(residue, raw, sequence.offer.ring_bits, who=name)
         # The round was opened, so the self seed is public; each colluder gives its own private mask key.
-        seed = bytes.fromhex(sequence.sites[name].state.seed)
-        apply_self_mask(residue, seed, context, name, remove=True)
+        masks = [inverse(self_mask(bytes.fromhex(sequence.sites[name].state.seed), context, name))]
         mine = public_of(bytes.fromhex(sequence.sites[name].state.mask_private))
         for colluder in federation.names[2:]:
             private = bytes.fromhex(sequence.sites[colluder].state.mask_private)
             # What the colluder put on for `name` is the opposite of what `name` put on for it.
-            apply_pair_mask(residue, Pair(context, colluder, private, End(name, mine)), remove=False)
+            masks += pair_masks(MaskOwner(context, colluder, private), [End(name, mine)])
+        apply_masks(residue, masks)
         left[name] = residue
     return left
 
 
 def vectors(sequence):
-    length = 4 * quantise.vector_length(sequence.offer)
+    length = packed_size(quantise.vector_length(sequence.offer), sequence.offer.ring_bits)
     return [raw for raw in sequence.view if len(raw) == length]
 
 

@@ -140,7 +140,7 @@ def test_what_is_left_of_a_store_is_refused(tmp_path: Path, damage: Callable[[by
         "UPDATE leaf SET federation = 'other' WHERE seq = 8",
         'UPDATE leaf SET raw = \'{"kind":"receipt"}\' WHERE seq = 3',
         "UPDATE dataset SET pool = 7",
-        "PRAGMA user_version = 2",
+        "PRAGMA user_version = 3",
         "PRAGMA application_id = 1",
     ],
 )

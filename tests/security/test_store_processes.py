@@ -74,6 +74,8 @@ def offer(number: int) -> Offer:
         threshold=3,
         colluders=0,
         min_survivors=3,
+        neighbours=0,
+        lifetime=3600,
         ring_bits=32,
         scale=2.0**20,
         clip_range=4.0,

@@ -16,8 +16,9 @@ from fedfuse_shared.envelope import seal
 from fedfuse_shared.ledger.records import FIRST_LINK, Receipt
 from fedfuse_shared.offer import Offer, RoundPrivacy, Segment
 from fedfuse_shared.roster import Roster
-from fedfuse_shared.secagg.bounds import choose
-from fedfuse_shared.secagg.quantise import largest_scale, quantise
+from fedfuse_shared.secagg.bounds import Bounds, choose
+from fedfuse_shared.secagg.quantise import quantise
+from fedfuse_shared.secagg.ring import largest_scale
 from fedfuse_shared.secagg.server import ServerSession
 from fedfuse_shared.secagg.site import Identity, SiteSession, SiteState
 
@@ -74,7 +75,10 @@ class Federation:
 
     def offer(self, **changes: object) -> Offer:
         participants = changes.pop("participants", self.names)
-        bounds = choose(len(participants), **changes.pop("bounds", {}))
+        bounds = changes.pop("bounds", {})
+        if not isinstance(bounds, Bounds):
+            bounds = choose(len(participants), **bounds)
+        ring_bits = changes.pop("ring_bits", 32)
         values = {
             "federation": "lab",
             "run": "run1",
@@ -88,11 +92,13 @@ class Federation:
             "training": TrainingConfig(),
             "layout": LAYOUT,
             "participants": tuple(participants),
+            "neighbours": bounds.neighbours,
             "threshold": bounds.threshold,
             "colluders": bounds.colluders,
             "min_survivors": bounds.min_survivors,
-            "ring_bits": 32,
-            "scale": largest_scale(len(participants), 4.0, 32),
+            "lifetime": 3600,
+            "ring_bits": ring_bits,
+            "scale": largest_scale(len(participants), 4.0, ring_bits),
             "clip_range": 4.0,
             "privacy": RoundPrivacy(
                 trust=Trust.SITE,
@@ -138,20 +144,20 @@ class Round:
         self.sites[name] = self.session(name, SiteState.load(self.sites[name].state.dump()))
 
     # Each step takes the sites that answer; the others have dropped out.
-    def keys(self, names: list[str]) -> bytes:
+    def keys(self, names: list[str]) -> dict[str, bytes]:
         for name in names:
             self.server.receive_keys(name, self._seen(self.sites[name].advertise()))
-        return self.server.key_list()
+        return self.server.key_lists()
 
-    def shares(self, names: list[str], key_list: bytes) -> dict[str, bytes]:
+    def shares(self, names: list[str], key_lists: dict[str, bytes]) -> dict[str, bytes]:
         for name in names:
-            self.server.receive_dealing(name, self._seen(self.sites[name].deal(key_list)))
+            self.server.receive_dealing(name, self._seen(self.sites[name].deal(key_lists[name])))
         return self.server.deliveries()
 
-    def send(self, name: str, words: np.ndarray, delivery: bytes) -> np.ndarray:
+    def send(self, name: str, words: np.ndarray, delivery: bytes) -> bytes:
         self.sites[name].accept_delivery(delivery)
-        masked, vector_hash = self.sites[name].mask(words)
-        self._seen(masked.tobytes())
+        masked, vector_hash = self.sites[name].mask(words.copy())
+        self._seen(masked)
         self.server.receive_vector(name, self.receipt(name, vector_hash), masked)
         return masked
 
@@ -159,15 +165,15 @@ class Round:
         body = Receipt(seq=2, prev=FIRST_LINK, context=self.offer.context(), steps=1, vector_hash=vector_hash)
         return seal(body, name, self.federation.keys[name])
 
-    def agree(self, names: list[str]) -> bytes:
+    def agree(self, names: list[str]) -> dict[str, bytes]:
         survivors = self.server.survivors()
         for name in names:
-            self.server.receive_agreement(name, self._seen(self.sites[name].agree(survivors)))
+            self.server.receive_agreement(name, self._seen(self.sites[name].agree(survivors[name])))
         return self.server.unmasking()
 
-    def unmask(self, names: list[str], unmasking: bytes) -> np.ndarray:
+    def unmask(self, names: list[str], unmasking: dict[str, bytes]) -> np.ndarray:
         for name in names:
-            self.server.receive_reveal(name, self._seen(self.sites[name].reveal(unmasking)))
+            self.server.receive_reveal(name, self._seen(self.sites[name].reveal(unmasking[name])))
         return self.server.open()
 
     def words(self, update: np.ndarray, declared: frozenset[Modality] = ALL) -> np.ndarray:
@@ -189,8 +195,8 @@ def run_round(
 ) -> np.ndarray:
     """Drive a round of given words to its opened sum; whoever is not listed drops out in that exchange."""
     everyone = list(inputs)
-    key_list = sequence.keys(everyone)
-    deliveries = sequence.shares(everyone if dealers is None else dealers, key_list)
+    key_lists = sequence.keys(everyone)
+    deliveries = sequence.shares(everyone if dealers is None else dealers, key_lists)
     sending = list(deliveries) if senders is None else senders
     for name in sending:
         sequence.send(name, inputs[name], deliveries[name])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedfuse_shared.config.base import OPERATOR, SERVER, Trust
+from fedfuse_shared.config.federation import GraphKind
 from fedfuse_shared.envelope import Body, Envelope, encode, seal
 from fedfuse_shared.ledger.checkpoint import Head, origin_of
 from fedfuse_shared.ledger.merkle import Tree
@@ -26,6 +27,7 @@ from fedfuse_shared.ledger.verification import verify_ledger
 from fedfuse_shared.ledger.verification_report import Report
 from fedfuse_shared.messages import Agreement
 from fedfuse_shared.offer import Offer
+from fedfuse_shared.secagg import transcript
 from support.federation import Federation
 
 
@@ -67,6 +69,7 @@ class LedgerBuilder:
             "max_sampling_rate": 0.5,
             "max_steps_per_round": 4,
             "max_clip": 1.0,
+            "graphs": (GraphKind.COMPLETE,),
         }
         return self._chained(site, Policy, values, changes)
 
@@ -127,7 +130,15 @@ class LedgerBuilder:
             context=context,
             keys_hash=values["keys_hash"] or digest("none"),
             dealings_hash=values["dealings_hash"] or digest("none"),
-            vectors=values["survivors"],
+            survivors_hash=transcript.roll_hash(
+                context,
+                "vectors",
+                transcript.roll(
+                    offer.participants,
+                    values["survivors"],
+                    transcript.vectors_items(context, values["survivors"]),
+                ),
+            ),
         )
         signers = sites if agreers is None else agreers
         values.setdefault(

@@ -14,7 +14,7 @@ from support.federation import SeededBytes
 from fedfuse_shared.crypto import shamir
 from fedfuse_shared.crypto.derive import End, pair_key
 from fedfuse_shared.crypto.keys import agree, check_canonical, public_of
-from fedfuse_shared.crypto.keystream import apply_mask
+from fedfuse_shared.crypto.keystream import Mask, apply_masks
 from fedfuse_shared.crypto.sealing import seal, unseal
 from fedfuse_shared.errors import ProtocolError
 
@@ -142,7 +142,7 @@ def test_a_mask_is_the_aes_256_ctr_keystream_whatever_the_length(length):
     key = os.urandom(32)
     stream = Cipher(AES256(key), CTR(bytes(16))).encryptor().update(bytes(4 * length))
     words = np.zeros(length, np.uint32)
-    apply_mask(words, key, subtract=False)
+    apply_masks(words, [Mask(key, subtract=False)])
     assert words.tobytes() == np.frombuffer(stream, "<u4").astype(np.uint32).tobytes()
-    apply_mask(words, key, subtract=True)
+    apply_masks(words, [Mask(key, subtract=True)])
     assert not words.any()

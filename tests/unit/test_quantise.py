@@ -8,7 +8,8 @@ from support.federation import Federation
 
 from fedfuse_shared.config.base import Modality
 from fedfuse_shared.errors import ConfigError
-from fedfuse_shared.secagg.quantise import average, largest_scale, quantise, tail_modalities
+from fedfuse_shared.secagg.quantise import average, quantise, tail_modalities
+from fedfuse_shared.secagg.ring import largest_scale
 
 OFFER = Federation.of(4).offer()
 TEXT, IMAGE = Modality.TEXT, Modality.IMAGE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,12 @@ from fedfuse_shared.config.base import Frozen, Label
 from fedfuse_shared.config.model import ModelConfig
 from fedfuse_shared.config.privacy import Positive, PrivacyConfig
 
-Count = Annotated[int, Field(ge=0, le=limits.MAX_SITES)]
+Count = Annotated[int, Field(ge=0, le=limits.MAX_SPARSE_SITES)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+RingBits = Literal[16, 17, 18, 19, 20, 21, 22, 23, 24, 32]
+"""Widths of the ring: 32, or packed to save bandwidth."""
+Lifetime = Annotated[int, Field(ge=1, le=limits.MAX_ROUND_SECONDS)]
+"""How long a site keeps the secrets of an attempt (seconds)."""
 
 
 class ServerOptimizer(StrEnum):
@@ -42,16 +47,32 @@ class AggregationConfig(Frozen):
     """Decay of the exponential moving average of the weights that is evaluated and published; 0: none."""
 
 
+class GraphKind(StrEnum):
+    """Who shares masks with whom."""
+
+    COMPLETE = "complete"
+    """Everybody with everybody: holds against a server that lies; up to 100 sites."""
+    SPARSE = "sparse"
+    """A random graph of few neighbours: holds only if the server keeps to the protocol; up to 10,000 sites."""
+
+
 class SecureAggregationConfig(Frozen):
     """Bounds of the secure aggregation; what is left out is chosen from the number of participants."""
 
+    graph: GraphKind = GraphKind.COMPLETE
     threshold: Annotated[int, Field(ge=2, le=limits.MAX_SITES)] | None = None
-    """Shares needed to open a round, t."""
+    """Shares needed to open a round, t; on a sparse graph it is computed."""
     colluders: Count | None = None
     """Sites that may help the server, c."""
-    min_survivors: Annotated[int, Field(ge=2, le=limits.MAX_SITES)] | None = None
-    ring_bits: Annotated[int, Field(ge=32, le=32)] = 32
-    """Width b of the ring the masked sum is taken in."""
+    min_survivors: Annotated[int, Field(ge=2, le=limits.MAX_SPARSE_SITES)] | None = None
+    corruption: Share = 0.05
+    """On a sparse graph: share of the sites that may collude, where ``colluders`` is left out."""
+    dropout: Share = 0.05
+    """On a sparse graph: share of the sites that may be missing, where ``min_survivors`` is left out."""
+    lifetime: Lifetime = 3600
+    """Seconds after which a site erases the secrets of an attempt, whether or not it was opened."""
+    ring_bits: RingBits = 32
+    """Width b of the ring the masked sum is taken in: 16 to 24, which saves bandwidth, or 32."""
     clip_range: Positive = 4.0
     """Each coordinate of an update is clamped to plus or minus this before it is quantised."""
 
@@ -70,7 +91,7 @@ class RunConfig(Frozen):
 
     federation: Label = "fedfuse"
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 40
-    sites_per_round: Annotated[int, Field(ge=limits.MIN_SITES, le=limits.MAX_SITES)] | None = None
+    sites_per_round: Annotated[int, Field(ge=limits.MIN_SITES, le=limits.MAX_SPARSE_SITES)] | None = None
     """Sites drawn for each round; left out, all of them."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the model's initial weights and of scenario data; never of noise, sampling or keys."""

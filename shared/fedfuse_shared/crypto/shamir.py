@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from fedfuse_shared.crypto.sealing import RandomBytes
 from fedfuse_shared.errors import ProtocolError
@@ -48,14 +49,22 @@ def combine(shares: Mapping[int, bytes], *, who: str) -> bytes:
     values = {point: int.from_bytes(share, "big") for point, share in shares.items()}
     if any(value >= PRIME for value in values.values()):
         raise ProtocolError("dealt a share outside the field", who=who)
-    secret = 0
-    for point, value in values.items():
-        numerator, denominator = 1, 1
-        for other in values:
-            if other != point:
-                numerator = numerator * other % PRIME
-                denominator = denominator * (other - point) % PRIME
-        secret = (secret + value * numerator * pow(denominator, -1, PRIME)) % PRIME
+    weights = _weights(tuple(values))
+    secret = sum(value * weight for value, weight in zip(values.values(), weights, strict=True)) % PRIME
     if secret >= 2**256:
         raise ProtocolError("dealt shares of something that is not a 32-byte secret", who=who)
     return secret.to_bytes(SECRET_BYTES, "big")
+
+
+@lru_cache(maxsize=256)
+def _weights(points: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the Lagrange coefficients at 0: they depend on public points alone and are the same for many secrets."""
+    weights = []
+    for point in points:
+        numerator, denominator = 1, 1
+        for other in points:
+            if other != point:
+                numerator = numerator * other % PRIME
+                denominator = denominator * (other - point) % PRIME
+        weights.append(numerator * pow(denominator, -1, PRIME) % PRIME)
+    return tuple(weights)

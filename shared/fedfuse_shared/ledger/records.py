@@ -15,6 +15,7 @@ from pydantic import Field
 
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen, Hex32, Hex64, ShortText, SiteName, Trust
+from fedfuse_shared.config.federation import GraphKind
 from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate
 from fedfuse_shared.envelope import Body, Envelope, encode
 from fedfuse_shared.offer import Adjacency, Offer, SiteCount
@@ -71,6 +72,7 @@ class Policy(SiteLeaf):
     max_sampling_rate: SamplingRate
     max_steps_per_round: Annotated[int, Field(ge=1, le=10_000)]
     max_clip: Positive
+    graphs: Annotated[tuple[GraphKind, ...], Field(min_length=1, max_length=len(GraphKind))]
 
 
 class Reservation(SiteLeaf):

@@ -15,13 +15,17 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fedfuse_shared.config.base import Trust
+from fedfuse_shared.config.federation import GraphKind
 from fedfuse_shared.envelope import Envelope, verify
-from fedfuse_shared.errors import VerificationError
+from fedfuse_shared.errors import ConfigError, VerificationError
 from fedfuse_shared.ledger.records import Close, Outcome, Policy, Receipt, Refusal, Reservation
 from fedfuse_shared.ledger.verification_report import Code, Findings
 from fedfuse_shared.messages import Agreement
 from fedfuse_shared.offer import Offer, RoundPrivacy
 from fedfuse_shared.roster import Roster
+from fedfuse_shared.secagg import transcript
+from fedfuse_shared.secagg.bounds import Bounds
+from fedfuse_shared.secagg.graph import COMPLETE
 
 _SLACK: Final = 1e-12
 """Relative rounding of one floating-point square root."""
@@ -33,6 +37,9 @@ class Attempt:
 
     run: str
     participants: frozenset[str]
+    order: tuple[str, ...]
+    """The participants as the offer lists them."""
+    graph: GraphKind
     threshold: int
     colluders: int
     min_survivors: int
@@ -94,6 +101,8 @@ class Rounds:
             run=offer.run,
             # Rounds are alike: equal values share one object, so that a million leaves fit in memory.
             participants=self._shared.setdefault(participants, participants),  # type: ignore[arg-type]
+            order=self._shared.setdefault(offer.participants, offer.participants),  # type: ignore[arg-type]
+            graph=GraphKind.COMPLETE if offer.neighbours == COMPLETE else GraphKind.SPARSE,
             threshold=offer.threshold,
             colluders=offer.colluders,
             min_survivors=offer.min_survivors,
@@ -113,9 +122,13 @@ class Rounds:
         n, t, c, least = len(set(offer.participants)), offer.threshold, offer.colluders, offer.min_survivors
         if n != len(offer.participants):
             yield Code.OFFER_PARTICIPANTS, "names a participant twice"
-        if not (2 * t > n + c and t <= least <= n):
-            needed = "needed are 2t > n + c and t <= min_survivors <= n"
-            yield Code.OFFER_BOUNDS, f"has n = {n}, t = {t}, c = {c}, min_survivors = {least}; {needed}"
+        try:
+            Bounds(n, t, c, least, offer.neighbours).check()
+        except ConfigError as problem:
+            numbers = f"n = {n}, t = {t}, c = {c}, min_survivors = {least}, neighbours = {offer.neighbours}"
+            yield Code.OFFER_BOUNDS, f"has {numbers}: {problem.message}"
+        if offer.neighbours != COMPLETE and offer.privacy.trust is Trust.AGGREGATE:
+            yield Code.OFFER_BOUNDS, "shares noise on a sparse graph, which protects it from no lying server"
         detail = _noise(offer)
         if detail:
             yield Code.OFFER_NOISE, detail
@@ -229,7 +242,13 @@ class Rounds:
             context=body.context,
             keys_hash=body.keys_hash,
             dealings_hash=body.dealings_hash,
-            vectors=body.survivors,
+            survivors_hash=transcript.roll_hash(
+                body.context,
+                "vectors",
+                transcript.roll(
+                    attempt.order, body.survivors, transcript.vectors_items(body.context, body.survivors)
+                ),
+            ),
         )
         good = 0
         for site, sig in sorted(body.agreements.items()):
@@ -293,6 +312,8 @@ def _outside(body: Reservation, attempt: Attempt | None, policy: Policy) -> Iter
         yield f"delta {body.delta:g} for {policy.delta:g}"
     if body.trust not in policy.trust:
         yield f"trust {body.trust.value}"
+    if attempt is not None and attempt.graph not in policy.graphs:
+        yield f"a {attempt.graph.value} graph"
     ceilings: dict[str, tuple[float, float]] = {
         "sampling rate": (body.charge.sampling_rate, policy.max_sampling_rate),
         "steps": (body.charge.steps, policy.max_steps_per_round),

@@ -7,32 +7,44 @@ from typing import NamedTuple
 from fedfuse_shared import limits
 from fedfuse_shared.crypto.derive import End, pair_key, self_mask_key
 from fedfuse_shared.crypto.keys import agree, public_of
-from fedfuse_shared.crypto.keystream import Words, apply_mask
+from fedfuse_shared.crypto.keystream import Mask
 
 
-class Pair(NamedTuple):
-    """One end's private mask key and the peer it shares a mask with."""
+class MaskOwner(NamedTuple):
+    """One end's name and private mask key (32 bytes), in one context."""
 
     context: str
     name: str
     private: bytes
-    peer: End
+
+    @property
+    def end(self) -> End:
+        """Its name and public mask key."""
+        return End(self.name, public_of(self.private))
 
 
-def apply_pair_mask(words: Words, pair: Pair, *, remove: bool) -> None:
-    """Apply the mask that ``pair.name`` puts over its vector for one peer, or remove it again.
+def pair_masks(owner: MaskOwner, peers: list[End]) -> list[Mask]:
+    """Return the masks that ``owner`` puts over its vector, one for each peer.
 
     The end whose name sorts first adds the mask and the other subtracts it, so that both vanish from the sum.
 
     Raises:
-        ProtocolError: the peer's key is unusable.
+        ProtocolError: a peer's key is unusable.
     """
-    secret = agree(pair.private, pair.peer.public, who=pair.peer.name)
-    own = End(pair.name, public_of(pair.private))
-    key = pair_key(limits.LABEL_MASK, secret, pair.context, own, pair.peer)
-    apply_mask(words, key, subtract=(pair.name > pair.peer.name) is not remove)
+    own = owner.end
+    masks = []
+    for peer in peers:
+        secret = agree(owner.private, peer.public, who=peer.name)
+        key = pair_key(limits.LABEL_MASK, secret, owner.context, own, peer)
+        masks.append(Mask(key, subtract=owner.name > peer.name))
+    return masks
 
 
-def apply_self_mask(words: Words, seed: bytes, context: str, site: str, *, remove: bool) -> None:
-    """Apply a site's own mask, from its 32-byte seed, or remove it again."""
-    apply_mask(words, self_mask_key(seed, context, site), subtract=remove)
+def self_mask(seed: bytes, context: str, site: str) -> Mask:
+    """Return a site's own mask, from its 32-byte seed."""
+    return Mask(self_mask_key(seed, context, site), subtract=False)
+
+
+def inverse(mask: Mask) -> Mask:
+    """Return what takes a mask off again."""
+    return Mask(mask.key, subtract=not mask.subtract)

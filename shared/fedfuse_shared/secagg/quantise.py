@@ -1,7 +1,8 @@
-"""Updates as ring elements: fixed point, two's complement modulo 2^32, and back from the opened sum."""
+"""Updates as ring elements: fixed point, two's complement modulo 2^b, and back from the opened sum."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,28 +10,14 @@ from numpy.typing import NDArray
 
 from fedfuse_shared.config.base import Modality
 from fedfuse_shared.crypto.keystream import Words
-from fedfuse_shared.errors import ConfigError, ProtocolError
+from fedfuse_shared.errors import ProtocolError
 from fedfuse_shared.offer import Offer, Segment
 
 MIN_CONTRIBUTORS = 2
 """A segment that fewer sites feed is left unchanged: its average would be one site's noise."""
 
-_CHUNK = 2**16
-
-
-def largest_scale(participants: int, clip_range: float, ring_bits: int) -> float:
-    """Return the finest power-of-two grid (steps per unit) on which a sum of n clamped updates cannot wrap.
-
-    Raises:
-        ConfigError: not even a grid of one step per unit fits.
-    """
-    room = (2 ** (ring_bits - 1) - 1) / (participants * clip_range)
-    if room < 1:
-        raise ConfigError(
-            f"{participants} updates of range {clip_range:g} do not fit a ring of {ring_bits} bits",
-            advice="lower secure_aggregation.clip_range",
-        )
-    return float(2 ** (int(room).bit_length() - 1))
+_CHUNK = 2**15
+"""Coordinates quantised at a time: what is copied around stays in a core's own cache."""
 
 
 def tail_modalities(layout: Sequence[Segment]) -> tuple[Modality, ...]:
@@ -44,9 +31,10 @@ def vector_length(offer: Offer) -> int:
 
 
 def quantise(update: NDArray[np.float32], declared: frozenset[Modality], offer: Offer) -> Words:
-    """Return an update of shape ``(d,)`` as words of shape ``(d + tail,)``.
+    """Return an update of shape ``(d,)`` as words of shape ``(d + tail,)``; their low ``ring_bits`` bits count.
 
-    The tail says 1 for each modality the site *statically declares* and 0 otherwise; nothing in it comes from
+    Each coordinate is clamped to plus or minus ``clip_range`` and rounded to the nearest of ``scale`` steps per
+    unit. The tail says 1 for each modality the site *statically declares* and 0 otherwise; nothing in it comes from
     records. Non-finite coordinates count as zero: after the batch is drawn nothing may refuse.
 
     Raises:
@@ -56,13 +44,18 @@ def quantise(update: NDArray[np.float32], declared: frozenset[Modality], offer: 
     if update.shape != (dimension,):
         raise ProtocolError(f"update of shape {update.shape} for a layout of {dimension} coordinates")
     words = np.empty(vector_length(offer), dtype=np.uint32)
+    signed = words.view(np.int32)
+    buffer = np.empty(_CHUNK, dtype=np.float64)
+    limit = offer.clip_range * offer.scale
     for start in range(0, dimension, _CHUNK):
-        part = np.nan_to_num(
-            update[start : start + _CHUNK].astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0
-        )
-        np.clip(part, -offer.clip_range, offer.clip_range, out=part)
-        np.rint(part * offer.scale, out=part)
-        words[start : start + len(part)] = part.astype(np.int64).astype(np.uint32)
+        part = update[start : start + _CHUNK]
+        grid = buffer[: len(part)]
+        np.multiply(part, offer.scale, out=grid, dtype=np.float64)
+        if not math.isfinite(grid.sum()):  # one cheap look at all of them; finite float32s cannot overflow it
+            grid[~np.isfinite(part)] = 0.0
+        np.clip(grid, -limit, limit, out=grid)
+        np.rint(grid, out=grid)
+        np.copyto(signed[start : start + len(part)], grid, casting="unsafe")
     words[dimension:] = [modality in declared for modality in tail_modalities(offer.layout)]
     return words
 
@@ -75,15 +68,18 @@ def average(total: Words, offer: Offer, survivors: int) -> tuple[NDArray[np.floa
     """
     dimension = offer.dimension()
     modalities = tail_modalities(offer.layout)
-    counts = {modality: int(word) for modality, word in zip(modalities, total[dimension:], strict=True)}
+    spare = np.uint32(32 - offer.ring_bits)
+    tail = total[dimension:] << spare >> spare
+    counts = {modality: int(word) for modality, word in zip(modalities, tail, strict=True)}
     counts = {modality: count if count <= survivors else 0 for modality, count in counts.items()}
-    signed = total[:dimension].astype(np.uint32).view(np.int32)
     mean = np.zeros(dimension, dtype=np.float32)
     start = 0
     for segment in offer.layout:
         contributors = survivors if segment.modality is None else counts[segment.modality]
         if contributors >= MIN_CONTRIBUTORS:
             part = slice(start, start + segment.size)
-            mean[part] = signed[part] / (offer.scale * contributors)
+            # Two's complement of b bits: the sign bit is moved to the top and drawn down again.
+            signed = (total[part].astype(np.uint32, copy=False) << spare).view(np.int32) >> np.int32(spare)
+            mean[part] = signed / (offer.scale * contributors)
         start += segment.size
     return mean, counts

@@ -6,8 +6,11 @@ Rules (design page 2; Bonawitz et al. 2017, active-adversary variant):
 2. Nothing a peer sent changes the state before all of it is verified: signatures against the pinned roster,
    contexts, sets within sets, canonical keys.
 3. One context, one of each: one key pair, one share set, one masked vector, one agreement, one reveal.
-4. A vector is masked with *all* of U2. After the agreement is signed no vector leaves any more.
+4. A vector is masked with *all* of its neighbourhood in U2: on the complete graph, all of U2. After the agreement
+   is signed no vector leaves any more.
 5. Seed shares are revealed for survivors, mask-key shares for the dropped, never both for one peer.
+6. On the complete graph nothing is taken on trust: U1, U2 and U3 are what was forwarded. On a sparse one the server
+   says who is in them (``Roll``), and this site checks that it was shown exactly its neighbourhood in each.
 
 The state after every step is one immutable value; whoever drives the session makes it durable, together with the
 reply, before the reply is sent. A step out of order raises ProtocolError, because the server chooses the order.
@@ -15,7 +18,7 @@ reply, before the reply is sent. A step out of order raises ProtocolError, becau
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -26,7 +29,7 @@ from fedfuse_shared.config.base import SERVER
 from fedfuse_shared.crypto import shamir
 from fedfuse_shared.crypto.derive import End, pair_key
 from fedfuse_shared.crypto.keys import agree, public_of
-from fedfuse_shared.crypto.keystream import Words
+from fedfuse_shared.crypto.keystream import Words, apply_masks
 from fedfuse_shared.crypto.sealing import RandomBytes, seal, unseal
 from fedfuse_shared.envelope import Body, Envelope, T, canonical, decode, encode, verify
 from fedfuse_shared.envelope import seal as sign
@@ -37,6 +40,7 @@ from fedfuse_shared.messages import (
     Delivery,
     KeyList,
     Reveal,
+    Roll,
     RoundBody,
     RoundKeys,
     Share,
@@ -48,7 +52,9 @@ from fedfuse_shared.messages import (
 from fedfuse_shared.offer import Offer
 from fedfuse_shared.roster import Roster
 from fedfuse_shared.secagg import transcript
-from fedfuse_shared.secagg.masking import Pair, apply_pair_mask, apply_self_mask
+from fedfuse_shared.secagg.graph import COMPLETE, Graph
+from fedfuse_shared.secagg.masking import MaskOwner, pair_masks, self_mask
+from fedfuse_shared.secagg.packing import pack
 from fedfuse_shared.secagg.quantise import vector_length
 from fedfuse_shared.secagg.site_state import PeerKeys, Received, SitePhase, SiteState
 
@@ -100,14 +106,14 @@ class SiteSession:
 
     # --- 2. shares ------------------------------------------------------------------------------------------
     def deal(self, raw: bytes) -> bytes:
-        """Check U1 and return this site's shares of its seed and mask key, sealed for each member of U1.
+        """Check U1 and return this site's shares of its seed and mask key, sealed for its neighbourhood in it.
 
         Raises:
             ProtocolError: U1 is not what rule 2 demands, or the step is out of order.
             VerificationError: a signature does not hold.
         """
         self._require(SitePhase.ADVERTISED)
-        peers = self._check_keys(self._from_server(raw, KeyList))
+        peers, roll = self._check_keys(self._from_server(raw, KeyList))
         names = sorted(peers)
         points = {name: self._point(name) for name in names}
         threshold, state = self._offer.threshold, self._state
@@ -121,10 +127,10 @@ class SiteSession:
         commitment = transcript.seed_commitment(state.context, self._me.name, bytes.fromhex(state.seed))
         notes = tuple(self._note(name, pairs[name], peers[name], commitment) for name in names)
         reply = self._sign(Dealing(context=state.context, notes=notes))
-        self._advance(phase=SitePhase.DEALT, peers=peers, own_shares=pairs[self._me.name])
+        self._advance(phase=SitePhase.DEALT, peers=peers, keys_roll=roll, own_shares=pairs[self._me.name])
         return reply
 
-    def _check_keys(self, message: KeyList) -> dict[str, PeerKeys]:
+    def _check_keys(self, message: KeyList) -> tuple[dict[str, PeerKeys], Roll]:
         peers: dict[str, PeerKeys] = {}
         for envelope in message.keys:
             name = self._check_peer(envelope, self._offer.participants)
@@ -137,16 +143,20 @@ class SiteSession:
         all_keys = [key for peer in peers.values() for key in (peer.channel, peer.mask)]
         if len(set(all_keys)) != len(all_keys):
             raise ProtocolError("forwarded one public key twice: somebody advertises another's", who=SERVER)
-        if len(peers) < max(self._offer.threshold, self._offer.min_survivors):
-            raise ProtocolError(f"forwarded {len(peers)} keys, below the offer's bounds", who=SERVER)
+        keys = {name: (peer.channel, peer.mask) for name, peer in peers.items()}
+        roll = self._roll(message.roll, peers, transcript.keys_items(self._state.context, keys))
+        members = self._require_enough(roll, peers, "keys")
+        seed = transcript.roll_hash(self._state.context, "keys", roll)
         own = (
             public_of(bytes.fromhex(self._state.channel_private)).hex(),
             public_of(bytes.fromhex(self._state.mask_private)).hex(),
         )
         mine = peers.get(self._me.name)
-        if mine is None or (mine.channel, mine.mask) != own:
+        if mine is None or (mine.channel, mine.mask) != own or self._me.name not in members:
             raise ProtocolError("does not list this site's own keys", who=SERVER)
-        return peers
+        if peers.keys() != Graph(seed, members, self._offer.neighbours).around(self._me.name):
+            raise ProtocolError("forwarded other keys than those of this site's neighbourhood", who=SERVER)
+        return peers, roll
 
     def _note(self, holder: str, pair: SharePair, keys: PeerKeys, commitment: str) -> Envelope[ShareNote]:
         context, name = self._state.context, self._me.name
@@ -184,13 +194,16 @@ class SiteSession:
             received[dealer] = Received(
                 seed_commitment=envelope.body.seed_commitment, shares=self._open_note(dealer, envelope.body)
             )
-        if self._me.name not in received or len(received) < max(
-            self._offer.threshold, self._offer.min_survivors
-        ):
-            raise ProtocolError(
-                f"forwarded shares of {len(received)} dealers, below the offer's bounds", who=SERVER
-            )
-        self._advance(phase=SitePhase.DELIVERED, received=received)
+        commitments = {name: item.seed_commitment for name, item in received.items()}
+        roll = self._roll(message.roll, received, transcript.dealings_items(self._state.context, commitments))
+        if self._me.name not in received:
+            raise ProtocolError("does not list this site among the dealers", who=SERVER)
+        dealers = self._require_enough(roll, received, "dealings")
+        if not set(dealers) <= set(self._members(self._state.keys_roll)):
+            raise ProtocolError("lists a dealer that advertised no keys", who=SERVER)
+        if received.keys() != self._state.peers.keys() & set(dealers):
+            raise ProtocolError("keeps back a note that was dealt to this site", who=SERVER)
+        self._advance(phase=SitePhase.DELIVERED, received=received, dealings_roll=roll)
         return self._bad_dealers()
 
     def _open_note(self, dealer: str, note: ShareNote) -> SharePair | None:
@@ -209,8 +222,11 @@ class SiteSession:
         )
         return pair if hashes == (note.seed_share_hash, note.mask_share_hash) else None
 
-    def mask(self, words: Words) -> tuple[Words, str]:
-        """Return the quantised vector under all of U2's masks, and its hash.
+    def mask(self, words: Words) -> tuple[bytes, str]:
+        """Return the quantised vector under the masks of its neighbourhood in U2, packed, and its hash.
+
+        Args:
+            words: Shape ``(d + tail,)``; they are overwritten, so that no second copy of a vector is made.
 
         Raises:
             ProtocolError: the step is out of order: a vector was masked already, or the survivors agreed.
@@ -218,13 +234,12 @@ class SiteSession:
         self._require(SitePhase.DELIVERED)
         if words.shape != (vector_length(self._offer),):
             raise ValueError(f"{words.shape} words for a vector of {vector_length(self._offer)}")
-        state, masked = self._state, words.copy()
-        apply_self_mask(masked, bytes.fromhex(state.seed), state.context, self._me.name, remove=False)
-        for peer in state.received:
-            if peer != self._me.name:
-                end = End(peer, bytes.fromhex(state.peers[peer].mask))
-                private = bytes.fromhex(state.mask_private)
-                apply_pair_mask(masked, Pair(state.context, self._me.name, private, end), remove=False)
+        state, me = self._state, self._me.name
+        owner = MaskOwner(state.context, me, bytes.fromhex(state.mask_private))
+        peers = [End(name, bytes.fromhex(state.peers[name].mask)) for name in state.received if name != me]
+        masks = [self_mask(bytes.fromhex(state.seed), state.context, me), *pair_masks(owner, peers)]
+        apply_masks(words, masks)
+        masked = pack(words, self._offer.ring_bits)
         vector_hash = transcript.vector_hash(state.context, masked)
         self._advance(phase=SitePhase.MASKED, vector_hash=vector_hash)
         return masked, vector_hash
@@ -237,26 +252,31 @@ class SiteSession:
             ProtocolError: U3 is not within U2, below the bounds, or says something else of this site's vector.
         """
         self._require(SitePhase.DELIVERED, SitePhase.MASKED)
-        vectors = self._from_server(raw, Survivors).vectors
+        message = self._from_server(raw, Survivors)
+        vectors = message.vectors
         if not vectors.keys() <= self._state.received.keys():
             raise ProtocolError("lists a survivor that dealt no shares", who=SERVER)
-        if len(vectors) < max(self._offer.threshold, self._offer.min_survivors):
-            raise ProtocolError(f"lists {len(vectors)} survivors, below the offer's bounds", who=SERVER)
+        roll = self._roll(message.roll, vectors, transcript.vectors_items(self._state.context, vectors))
+        survivors = set(self._require_enough(roll, vectors, "vectors"))
+        if not survivors <= set(self._members(self._state.dealings_roll)):
+            raise ProtocolError("lists a survivor that dealt no shares", who=SERVER)
+        if vectors.keys() != self._state.received.keys() & survivors:
+            raise ProtocolError("keeps back the hash of a neighbour's vector", who=SERVER)
         if vectors.get(self._me.name) != self._state.vector_hash:
             raise ProtocolError("says something else of this site's vector than this site", who=SERVER)
-        reply = self._sign(self._agreement(vectors))
-        self._advance(phase=SitePhase.AGREED, agreed=dict(vectors))
+        reply = self._sign(self._agreement(roll))
+        self._advance(phase=SitePhase.AGREED, agreed=dict(vectors), survivors_roll=roll)
         return reply
 
-    def _agreement(self, vectors: Mapping[str, str]) -> Agreement:
-        state = self._state
-        keys = {name: (peer.channel, peer.mask) for name, peer in state.peers.items()}
-        commitments = {name: item.seed_commitment for name, item in state.received.items()}
+    def _agreement(self, survivors: Roll | None) -> Agreement:
+        state, context = self._state, self._state.context
+        if state.keys_roll is None or state.dealings_roll is None or survivors is None:
+            raise StateError("a stored round state lacks its rolls", who=self._me.name)
         return Agreement(
-            context=state.context,
-            keys_hash=transcript.keys_hash(state.context, keys),
-            dealings_hash=transcript.dealings_hash(state.context, commitments),
-            vectors=dict(vectors),
+            context=context,
+            keys_hash=transcript.roll_hash(context, "keys", state.keys_roll),
+            dealings_hash=transcript.roll_hash(context, "dealings", state.dealings_roll),
+            survivors_hash=transcript.roll_hash(context, "vectors", survivors),
         )
 
     # --- 5. unmask ------------------------------------------------------------------------------------------
@@ -268,7 +288,7 @@ class SiteSession:
             VerificationError: a signature does not hold.
         """
         self._require(SitePhase.AGREED)
-        expected = self._agreement(self._state.agreed)
+        expected = self._agreement(self._state.survivors_roll)
         signers = set()
         for envelope in self._from_server(raw, Unmasking).agreements:
             signer = self._check_peer(envelope, self._state.received)
@@ -298,6 +318,29 @@ class SiteSession:
         return reply
 
     # --- what every step needs ------------------------------------------------------------------------------
+    def _roll(self, told: Roll | None, seen: Collection[str], items: str) -> Roll:
+        """Return a set of the round: what was seen of it on the complete graph, what was told on a sparse one."""
+        if (told is None) != (self._offer.neighbours == COMPLETE):
+            raise ProtocolError("calls a roll where none belongs, or none where one does", who=SERVER)
+        return told or transcript.roll(self._offer.participants, seen, items)
+
+    def _members(self, roll: Roll | None) -> tuple[str, ...]:
+        return () if roll is None else transcript.members_of(roll, self._offer.participants)
+
+    def _require_enough(self, roll: Roll, seen: Collection[str], what: str) -> tuple[str, ...]:
+        """Return the members of a set that is large enough, as is what this site saw of it.
+
+        Raises:
+            ProtocolError: it is not.
+        """
+        members = self._members(roll)
+        if len(members) < self._offer.min_survivors or len(seen) < self._offer.threshold:
+            raise ProtocolError(
+                f"shows {what} of {len(seen)} sites among {len(members)}, below the offer's bounds",
+                who=SERVER,
+            )
+        return members
+
     def _require(self, *phases: SitePhase) -> None:
         if self._state.phase not in phases:
             raise ProtocolError(

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from fedfuse_shared.config.base import Frozen, Hex32, SiteName
 from fedfuse_shared.envelope import canonical
 from fedfuse_shared.errors import StateError
-from fedfuse_shared.messages import SharePair
+from fedfuse_shared.messages import Roll, SharePair
 
 
 class SitePhase(StrEnum):
@@ -46,13 +46,19 @@ class SiteState(Frozen):
     mask_private: Hex32
     seed: Hex32
     peers: dict[SiteName, PeerKeys] = Field(default_factory=dict)
-    """U1, this site included."""
+    """This site's neighbourhood in U1, itself included: all of U1 on the complete graph."""
+    keys_roll: Roll | None = None
+    """U1."""
     own_shares: SharePair | None = None
     received: dict[SiteName, Received] = Field(default_factory=dict)
-    """U2, this site included."""
+    """The neighbourhood's members in U2, this site included."""
+    dealings_roll: Roll | None = None
+    """U2."""
     vector_hash: Hex32 | None = None
     agreed: dict[SiteName, Hex32] = Field(default_factory=dict)
-    """U3 and the vector hashes this site signed."""
+    """The neighbourhood's members in U3 and the hashes of their vectors, as this site signed them."""
+    survivors_roll: Roll | None = None
+    """U3."""
 
     def dump(self) -> bytes:
         """Return the state as JSON."""
