@@ -115,7 +115,7 @@ def train_round(
     trained = copy.deepcopy(model).train()
     wrapped = RecordGradients(trained)
     optimizer = PrivateOptimizer(
-        torch.optim.SGD(trained.parameters(), lr=step_size(training, privacy)),
+        torch.optim.SGD(trained.parameters(), lr=training.step_size(privacy.noise_share)),
         clip=privacy.clip,
         multiplier=privacy.noise_share,
         batch=privacy.expected_batch_size,
@@ -126,11 +126,6 @@ def train_round(
         accumulate(wrapped, optimizer, data, data.usable(drawn), microbatch)
         optimizer.step()
     return flatten(trained) - before
-
-
-def step_size(training: TrainingConfig, privacy: RoundPrivacy) -> float:
-    """Return the step size of a round: a function of public constants alone."""
-    return training.learning_rate * min(1.0, training.steady_noise / privacy.noise_share)
 
 
 def accumulate(

@@ -15,11 +15,14 @@ from fedfuse_shared.offer import plan_hash as offered_plan
 from fedfuse_shared.privacy.calibration import noise_multiplier
 from fedfuse_shared.roster import Roster
 from fedfuse_shared.secagg.bounds import Bounds, choose
-from fedfuse_shared.secagg.ring import largest_scale
+from fedfuse_shared.secagg.ring import check_rounding, largest_scale
 from fedfuse_shared.secagg.sparse import choose_graph
 
 NO_NOISE = 1e-6
 """Noise multiplier of ``trust = "none"``: too small to protect anything, and accounted as infinite epsilon."""
+
+EXCHANGES = 5
+"""Exchanges of one attempt, each bounded by ``performance.exchange_timeout``."""
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -31,6 +34,13 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: the settings contradict each other, or no noise reaches the target.
     """
+    secure, patience = config.secure_aggregation, config.performance.exchange_timeout
+    if secure.lifetime < EXCHANGES * patience:
+        raise ConfigError(
+            f"sites erase a round's secrets after {secure.lifetime} s, its {EXCHANGES} exchanges may take "
+            f"{EXCHANGES * patience:g} s",
+            advice=f"set secure_aggregation.lifetime to at least {math.ceil(EXCHANGES * patience)}",
+        )
     if config.privacy.trust is Trust.NONE:
         privacy = config.privacy.model_copy(update={"noise_multiplier": NO_NOISE})
         return config.model_copy(update={"privacy": privacy})
@@ -133,6 +143,21 @@ def _sparse_bounds(wanted: SecureAggregationConfig, size: int, participants: int
     return bounds
 
 
+def grid(config: RunConfig, participants: int) -> float:
+    """Return the steps per unit of the fixed-point grid of a round's updates.
+
+    Raises:
+        ConfigError: the ring is too narrow for the sum of that many, or so coarse that it costs accuracy.
+    """
+    secure, privacy = config.secure_aggregation, config.privacy
+    scale = largest_scale(participants, secure.clip_range, secure.ring_bits)
+    if privacy.trust is not Trust.NONE and privacy.noise_multiplier is not None:
+        step = config.training.step_size(privacy.noise_multiplier)
+        noise = privacy.noise_multiplier * privacy.clip * math.sqrt(privacy.steps_per_round)
+        check_rounding(step * noise / privacy.expected_batch_size, secure.clip_range, scale, secure.ring_bits)
+    return scale
+
+
 @dataclass(frozen=True)
 class Plan:
     """What all offers of one run have in common."""
@@ -175,7 +200,7 @@ class Plan:
             min_survivors=bounds.min_survivors,
             lifetime=secure.lifetime,
             ring_bits=secure.ring_bits,
-            scale=largest_scale(len(participants), secure.clip_range, secure.ring_bits),
+            scale=grid(self.config, len(participants)),
             clip_range=secure.clip_range,
             privacy=round_privacy(self.config.privacy),
         )

@@ -16,14 +16,13 @@ from fedfuse_client.data.check import check_folder
 from fedfuse_client.data.info import read_info
 from fedfuse_client.data.manifest import Dataset, DatasetInfo, load_dataset
 from fedfuse_server.home import RunHome
-from fedfuse_server.plan import resolve
+from fedfuse_server.plan import bounds_for, cohort, grid, resolve
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen
 from fedfuse_shared.config.federation import RunConfig
 from fedfuse_shared.config.files import load_toml, save_toml
 from fedfuse_shared.errors import ConfigError, DataError
 from fedfuse_shared.files import is_disk_full
-from fedfuse_shared.secagg.bounds import choose
 from fedfuse_simulations.engines.ray import check_address
 from fedfuse_simulations.provision import provision, site_folders
 from fedfuse_simulations.scenarios import SCENARIOS, Scenario
@@ -150,14 +149,8 @@ def check_early(simulation: Simulation) -> None:
         dataset = check_data(simulation.data)
         _check_rows(dataset, simulation.data)
         sites = len(dataset.sites())
-    secure = config.secure_aggregation
-    choose(
-        min(config.sites_per_round or sites, sites),
-        threshold=secure.threshold,
-        colluders=secure.colluders,
-        min_survivors=secure.min_survivors,
-    )
-    resolve(config)
+    bounds = bounds_for(config, sites, cohort(config, sites))
+    grid(resolve(config), bounds.participants)
 
 
 def check_data(folder: Path) -> Dataset:

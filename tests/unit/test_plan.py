@@ -3,9 +3,10 @@
 import pytest
 from support.federation import Federation
 
-from fedfuse_server.plan import Plan, bounds_for, plan_hash, resolve
+from fedfuse_server.plan import Plan, bounds_for, grid, plan_hash, resolve
 from fedfuse_shared.config.base import Modality, Trust
 from fedfuse_shared.config.federation import (
+    GraphKind,
     PerformanceConfig,
     RunConfig,
     SecureAggregationConfig,
@@ -84,3 +85,45 @@ def test_bounds_do_not_get_weaker_when_sites_stay_away(sites):
     if full.min_survivors > 3:
         with pytest.raises(ConfigError):
             bounds_for(settled, sites, full.min_survivors - 1)
+
+
+def test_a_sparse_graph_is_computed_for_whoever_is_there():
+    secure = SecureAggregationConfig(graph=GraphKind.SPARSE)
+    settled = config(secure_aggregation=secure)
+    full = bounds_for(settled, 1000, 1000)
+    assert (full.neighbours, full.threshold, full.colluders, full.min_survivors) == (34, 18, 50, 950)
+    fewer = bounds_for(settled, 1000, 960)
+    assert (fewer.colluders, fewer.min_survivors) == (50, 950)
+    fewer.check()
+    with pytest.raises(ConfigError):
+        bounds_for(settled, 1000, 940)
+
+
+def test_more_than_a_hundred_sites_need_a_sparse_graph_and_its_threshold_is_not_set_by_hand():
+    with pytest.raises(ConfigError, match=r'see secure_aggregation\.graph = "sparse"'):
+        bounds_for(config(), 101, 101)
+    secure = SecureAggregationConfig(graph=GraphKind.SPARSE, threshold=5)
+    with pytest.raises(ConfigError, match="is computed"):
+        bounds_for(config(secure_aggregation=secure), 1000, 1000)
+
+
+def test_a_ring_too_coarse_for_the_noise_is_refused():
+    settled = config(
+        privacy=PrivacyConfig(noise_multiplier=3.0), secure_aggregation=SecureAggregationConfig(ring_bits=16)
+    )
+    assert grid(settled, 6) == 1024.0
+    with pytest.raises(ConfigError, match="16 bits leaves 64 steps per unit"):
+        grid(settled, 100)
+    assert grid(
+        settled.model_copy(update={"privacy": PrivacyConfig(trust=Trust.NONE, noise_multiplier=1e-6)}), 100
+    )
+
+
+def test_secrets_may_not_be_erased_before_a_round_can_be_over():
+    with pytest.raises(ConfigError, match="at least 3600"):
+        resolve(
+            config(
+                performance=PerformanceConfig(exchange_timeout=720.0),
+                secure_aggregation=SecureAggregationConfig(lifetime=3599),
+            )
+        )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 import stat
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from fedfuse_client.chain import Chain
 from fedfuse_client.policy import SitePolicy
 from fedfuse_client.store import SiteStore
+from fedfuse_shared import limits
 from fedfuse_shared.config.base import Modality, Trust
 from fedfuse_shared.config.federation import TrainingConfig
 from fedfuse_shared.config.model import EncoderConfig, ModelConfig
@@ -521,3 +524,46 @@ def test_erasing_one_context_leaves_the_others(store: SiteStore) -> None:
     store.erase("2" * 64)
     assert store.stored_contexts() == ["1" * 64, "3" * 64]
     assert store.load_state("3" * 64) == ("keys", b"3")
+
+
+def test_a_deadline_erases_state_and_replies_and_nothing_before_it_does(path: Path) -> None:
+    with SiteStore.open(path, create=True) as store:
+        store.save_step("1" * 64, "keys", b"secret", b"reply", expires=1000.0)
+        store.save_step("1" * 64, "shares", b"more secret", b"another")
+        assert store.erase_expired(999.0) == []
+        assert store.load_state("1" * 64) == ("shares", b"more secret")
+    with SiteStore.open(path) as store:
+        assert store.erase_expired(1000.0) == ["1" * 64]
+        assert store.erase_expired(1000.0) == []
+        assert store.load_state("1" * 64) is None
+        assert store.load_reply("1" * 64, "keys") is None
+        with pytest.raises(StateError, match="is finished here"):
+            store.save_step("1" * 64, "update", b"", b"", expires=2000.0)
+    assert b"secret" not in path.read_bytes()
+
+
+def test_the_last_reply_of_a_finished_round_goes_at_its_deadline_too(store: SiteStore) -> None:
+    store.save_step("1" * 64, "keys", b"secret", b"reply", expires=1000.0)
+    store.finish("1" * 64, "unmask", b"shares")
+    assert store.load_reply("1" * 64, "unmask") == b"shares"
+    store.erase_expired(1000.0)
+    assert store.load_reply("1" * 64, "unmask") is None
+
+
+def test_a_clock_set_back_by_days_does_not_keep_secrets(store: SiteStore) -> None:
+    store.save_step("1" * 64, "keys", b"secret", b"reply", expires=1e9)
+    assert store.erase_expired(1e9 - limits.MAX_ROUND_SECONDS) == []
+    assert store.erase_expired(1e9 - limits.MAX_ROUND_SECONDS - 1) == ["1" * 64]
+
+
+def test_a_store_of_the_version_before_is_brought_up_to_date(path: Path) -> None:
+    with SiteStore.open(path, create=True) as store:
+        store.save_step("1" * 64, "keys", b"secret", b"reply")
+    with closing(sqlite3.connect(path)) as old:
+        old.execute("ALTER TABLE session DROP COLUMN expires")
+        old.execute("PRAGMA user_version = 1")
+        old.commit()
+    with SiteStore.open(path) as store:
+        assert store.load_state("1" * 64) == ("keys", b"secret")
+        store.save_step("2" * 64, "keys", b"", b"", expires=5.0)
+        assert store.erase_expired(6.0) == ["2" * 64]

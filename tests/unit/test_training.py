@@ -14,7 +14,7 @@ from torch.nn import functional
 from fedfuse_client.data.cells import Record
 from fedfuse_client.data.tensors import RecordTensors
 from fedfuse_client.gradients import Factored, RecordGradients
-from fedfuse_client.training import PrivateOptimizer, step_size, train_round
+from fedfuse_client.training import PrivateOptimizer, train_round
 from fedfuse_shared.config.base import Modality, Trust
 from fedfuse_shared.config.federation import TrainingConfig
 from fedfuse_shared.config.model import AudioInput, EncoderConfig, Fusion, ImageInput, ModelConfig, TextInput
@@ -333,7 +333,7 @@ def test_only_float32_weights_are_trained_privately(precision):
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 4.0), (2.0, 4.0), (4.0, 2.0), (20.0, 0.4)])
 def test_the_step_shrinks_once_noise_is_more_than_steady(share, expected):
     training = TrainingConfig(learning_rate=4.0, steady_noise=2.0)
-    assert step_size(training, privacy(noise_share=share)) == pytest.approx(expected)
+    assert training.step_size(share) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("names", "rate"), [(FIXED, 4.0), (TRAINED, 4.0)])

@@ -35,6 +35,10 @@ class TrainingConfig(Frozen):
     steady_noise: Positive = 2.0
     """Noise multiplier beyond which the step shrinks in proportion, so that noise moves the weights no further."""
 
+    def step_size(self, noise_share: float) -> float:
+        """Return the step size of a round from public constants alone: what one site adds, over the clip."""
+        return self.learning_rate * min(1.0, self.steady_noise / noise_share)
+
 
 class AggregationConfig(Frozen):
     """What the server does with the average update."""

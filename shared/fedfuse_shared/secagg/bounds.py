@@ -41,7 +41,7 @@ class Bounds:
         if not limits.MIN_SITES <= n <= most:
             raise ConfigError(
                 f"{n} participants; secure aggregation needs {limits.MIN_SITES} to {most}",
-                advice="change the number of sites per round",
+                advice='change sites_per_round, or see secure_aggregation.graph = "sparse"',
             )
         if self.neighbours == COMPLETE:
             self._check_complete()

@@ -27,3 +27,36 @@ def wraps(participants: int, clip_range: float, scale: float, ring_bits: int) ->
     largest = clip_range * scale
     # Rounded up: whichever way a coordinate at the clamp is rounded, it does not exceed this.
     return not math.isfinite(largest) or participants * math.ceil(largest) >= 2 ** (ring_bits - 1)
+
+
+MAX_INFLATION = 1e-3
+"""Largest share by which rounding may add to the variance of the noise."""
+_CLAMPED = 4.0
+"""Deviations of the noise that have to fit within the clamp: one coordinate in 16,000 lies beyond."""
+
+
+def check_rounding(deviation: float, clip_range: float, scale: float, ring_bits: int) -> None:
+    """Refuse a grid so coarse, or a clamp so narrow, that it costs accuracy beside the noise; privacy it never does.
+
+    Args:
+        deviation: Standard deviation of the noise on one coordinate of one site's update.
+        clip_range: What a coordinate is clamped to.
+        scale: Steps of the grid per unit.
+        ring_bits: Width of the ring.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    # Rounding to a grid of step s adds s^2 / 12 to the variance.
+    inflation = 1 / (12 * (scale * deviation) ** 2)
+    if inflation > MAX_INFLATION:
+        raise ConfigError(
+            f"a ring of {ring_bits} bits leaves {scale:g} steps per unit: rounding adds {inflation:.2%} to noise of "
+            f"deviation {deviation:.3g}, at most {MAX_INFLATION:.1%} is accepted",
+            advice="raise secure_aggregation.ring_bits or lower secure_aggregation.clip_range",
+        )
+    if _CLAMPED * deviation > clip_range:
+        raise ConfigError(
+            f"updates are clamped to +/-{clip_range:g}, and their noise alone has deviation {deviation:.3g}",
+            advice=f"raise secure_aggregation.clip_range to at least {_CLAMPED * deviation:.3g}",
+        )
