@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RUN    ?= runs/demo
+SECONDS ?= 60
 
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: setup demo test test-fast test-full test-browser lint bench lock clean
+.PHONY: setup demo test test-fast test-full test-browser model fuzz lint bench lock clean
 
 setup: $(READY)
 
@@ -42,11 +43,21 @@ test-browser: setup
 	  { echo "install Chromium: as root, apt-get install chromium" >&2; exit 2; }
 	$(BIN)/python -m pytest tests/browser -m browser
 
+# Searches the Promela models to the end; spin is installed where apt-get may do it. Needs gcc as well.
+model: setup
+	@command -v spin >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends spin >/dev/null; } || \
+	  { echo "install spin: as root, apt-get install spin" >&2; exit 2; }
+	$(BIN)/python docs/model/check.py
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Coverage-guided fuzzing of every decoder, SECONDS each; inputs that broke something are kept in tests/fuzz/regressions.
+fuzz: setup
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
 
 bench: setup
 	$(BIN)/python bench/run.py $(ONLY)

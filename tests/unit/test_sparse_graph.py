@@ -165,3 +165,19 @@ def test_too_many_dropouts_end_a_sparse_round():
 
 def _uniform(numbers, size):
     return np.array([numbers.uniform(-1, 1) for _ in range(size)])
+
+
+@pytest.mark.parametrize(
+    ("participants", "threshold", "colluders", "least", "neighbours"),
+    [(50, 5, 60, 40, 10), (50, 5, 39, 40, 10), (50, 5, 0, 51, 10), (50, 0, 0, 50, 10), (3, 1, 0, 3, 2)],
+)
+def test_hostile_numbers_are_refused_and_nothing_else_is_raised(
+    participants, threshold, colluders, least, neighbours
+):
+    # An offer is a server's word: a site, and an auditor, check its bounds whatever they are.
+    bounds = Bounds(participants, threshold, colluders, least, neighbours)
+    try:
+        bounds.check()
+    except ConfigError:
+        return
+    assert (participants, colluders) == (3, 0)

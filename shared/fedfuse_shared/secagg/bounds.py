@@ -45,8 +45,6 @@ class Bounds:
             )
         if self.neighbours == COMPLETE:
             self._check_complete()
-        else:
-            self._check_sparse()
         if not t <= m <= n:
             raise ConfigError(
                 f"min_survivors {m} must lie between the threshold {t} and the participants {n}",
@@ -57,6 +55,8 @@ class Bounds:
                 f"{m} survivors with {c} colluders leave fewer than two honest sites: a sum of one is no sum",
                 advice="raise min_survivors or lower colluders",
             )
+        if self.neighbours != COMPLETE:
+            self._check_sparse()
 
     def _check_complete(self) -> None:
         """With 2t > n + c nobody gathers t shares of both kinds (Bonawitz et al. 2017, theorem 6.5).
