@@ -17,7 +17,7 @@ HONEST = (MODELS / "honest-server.pml").read_text()
 
 
 def defined(text):
-    return {name: int(value) for name, value in re.findall(r"^#define (\w+) (\d+)$", text, re.M)}
+    return {name: int(value) for name, value in re.findall(r"^#define (\w+) (\d+)$", text, re.MULTILINE)}
 
 
 def test_the_phases_on_disk_are_the_sites_own_in_their_order():

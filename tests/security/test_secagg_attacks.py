@@ -8,7 +8,7 @@ from fedfuse_shared.config.base import SERVER
 from fedfuse_shared.crypto import shamir
 from fedfuse_shared.crypto.keys import public_of
 from fedfuse_shared.envelope import decode, encode, seal
-from fedfuse_shared.errors import ConfigError, ProtocolError, RoundAborted, VerificationError
+from fedfuse_shared.errors import ConfigError, ProtocolError, RoundAborted, StateError, VerificationError
 from fedfuse_shared.messages import (
     Agreement,
     Dealing,
@@ -366,7 +366,9 @@ def test_a_vector_that_is_not_the_one_its_receipt_is_for():
     sequence.sites[A].accept_delivery(deliveries[A])
     masked, vector_hash = sequence.sites[A].mask(words(sequence))
     with pytest.raises(ProtocolError, match="another vector"):
-        sequence.server.receive_vector(A, sequence.receipt(A, vector_hash), masked[:-1] + b"?")
+        sequence.server.receive_vector(
+            A, sequence.receipt(A, vector_hash), bytes([masked[0] ^ 1]) + masked[1:]
+        )
     short = masked[:-1]
     short_hash = transcript.vector_hash(sequence.offer.context(), short)
     with pytest.raises(ProtocolError, match="bytes, not"):
@@ -574,6 +576,10 @@ def test_truncated_padded_and_garbage_messages_change_nothing(mutate):
 
 def test_an_oversized_message_is_refused_unread():
     sequence = fresh()
+    # What is over a limit is not parsed, even where it would parse.
+    raw = sequence.sites[A].advertise()
+    with pytest.raises(ProtocolError, match="over the limit"):
+        decode(raw, RoundKeys, who=A, limit=len(raw) - 1)
     with pytest.raises(ProtocolError, match="over the limit"):
         sequence.sites[A].deal(b"x" * (16 * 2**20 + 1))
 
@@ -608,3 +614,165 @@ def test_secrets_of_two_contexts_are_unrelated():
         two.mask_private,
         two.channel_private,
     }
+
+
+# --- what narrow rings and sparse graphs add ----------------------------------------------------------------
+def roll_of(sequence, names, items="5" * 64):
+    return transcript.roll(sequence.offer.participants, names, items)
+
+
+def test_a_roll_on_the_complete_graph_is_refused():
+    # There a site sees whole sets; a roll would put the server's word in the place of what it saw.
+    sequence = fresh()
+    keys = advertised(sequence)
+    body = KeyList(
+        context=sequence.offer.context(), keys=tuple(keys.values()), roll=roll_of(sequence, FEDERATION.names)
+    )
+    with pytest.raises(ProtocolError, match="calls a roll"):
+        sequence.sites[A].deal(signed_by_server(body))
+
+
+def test_bits_beyond_the_last_word_of_a_packed_vector():
+    # They would give one sum many spellings, and a receipt's hash could be met by none of the others.
+    sequence = fresh(ring_bits=20)
+    deliveries = up_to_delivery(sequence)
+    sequence.sites[A].accept_delivery(deliveries[A])
+    masked, _ = sequence.sites[A].mask(words(sequence))
+    spelled = masked[:-1] + bytes([masked[-1] | 0x80])
+    spelled_hash = transcript.vector_hash(sequence.offer.context(), spelled)
+    with pytest.raises(ProtocolError, match="beyond its last word"):
+        sequence.server.receive_vector(A, sequence.receipt(A, spelled_hash), spelled)
+    assert not sequence.server.vectors
+
+
+def test_a_key_carried_into_a_second_context():
+    # A site that is asked to go on in another context than its stored state belongs to does not.
+    one, two = fresh(), fresh(attempt=2)
+    one.keys(list(FEDERATION.names))
+    with pytest.raises(StateError, match="another offer"):
+        two.session(A, one.sites[A].state)
+
+
+SPARSE = Federation.of(12)
+GRAPH = Bounds(12, 3, 0, 11, 6)
+
+
+def sparse(**changes):
+    GRAPH.check()
+    return Round(SPARSE, SPARSE.offer(bounds=GRAPH, **changes))
+
+
+def opened(raw, body_type):
+    return decode(raw, body_type, who=SERVER).body
+
+
+def tampered(sequence, raw, body_type, **changes):
+    return signed_by_server(opened(raw, body_type).model_copy(update=changes), SPARSE)
+
+
+def test_a_sparse_graph_without_a_roll_or_with_one_of_another_size():
+    sequence = sparse()
+    lists = sequence.keys(list(SPARSE.names))
+    one = SPARSE.names[0]
+    roll = opened(lists[one], KeyList).roll
+    for wrong in (
+        None,
+        roll.model_copy(update={"members": roll.members + "00"}),
+        roll.model_copy(update={"members": roll.members[:2]}),
+        roll.model_copy(update={"members": "ffff"}),
+    ):
+        with pytest.raises(ProtocolError):
+            sequence.sites[one].deal(tampered(sequence, lists[one], KeyList, roll=wrong))
+    sequence.sites[one].deal(lists[one])
+
+
+@pytest.mark.parametrize("lie", ["another graph", "fewer keys", "left out", "too few"])
+def test_keys_of_others_than_this_sites_neighbourhood(lie):
+    sequence = sparse()
+    lists = sequence.keys(list(SPARSE.names))
+    one = SPARSE.names[0]
+    told = opened(lists[one], KeyList)
+    members = [name for name in SPARSE.names if not (lie == "left out" and name == one)]
+    if lie == "too few":
+        members = members[:10]
+    changes = {
+        "another graph": {"roll": told.roll.model_copy(update={"items": "6" * 64})},
+        "fewer keys": {"keys": told.keys[1:] if told.keys[0].author != one else told.keys[:-1]},
+        "left out": {"roll": roll_of(sequence, members, told.roll.items)},
+        "too few": {"roll": roll_of(sequence, members, told.roll.items)},
+    }[lie]
+    with pytest.raises(ProtocolError):
+        sequence.sites[one].deal(tampered(sequence, lists[one], KeyList, **changes))
+
+
+@pytest.mark.parametrize("lie", ["kept back", "dealer outside U1", "too few"])
+def test_a_delivery_on_a_sparse_graph_that_is_not_what_was_dealt(lie):
+    sequence = sparse()
+    present = list(SPARSE.names)[:11]
+    deliveries = sequence.shares(present, sequence.keys(present))
+    one = SPARSE.names[0]
+    told = opened(deliveries[one], Delivery)
+    others = tuple(note for note in told.notes if note.author != one)
+    mine = tuple(note for note in told.notes if note.author == one)
+    changes = {
+        "kept back": {"notes": (*mine, *others[1:])},
+        "dealer outside U1": {"roll": roll_of(sequence, SPARSE.names, told.roll.items)},
+        "too few": {"roll": roll_of(sequence, present[:10], told.roll.items)},
+    }[lie]
+    with pytest.raises(ProtocolError):
+        sequence.sites[one].accept_delivery(tampered(sequence, deliveries[one], Delivery, **changes))
+
+
+@pytest.mark.parametrize("lie", ["survivor outside U2", "kept back", "too few", "not among them"])
+def test_survivors_on_a_sparse_graph_that_do_not_fit(lie):
+    sequence = sparse()
+    present = list(SPARSE.names)[:11]
+    deliveries = sequence.shares(present, sequence.keys(present))
+    for name in present:
+        sequence.send(name, words(sequence, 1), deliveries[name])
+    shown = sequence.server.survivors()
+    one = SPARSE.names[0]
+    told = opened(shown[one], Survivors)
+    others = {name: told.vectors[name] for name in list(told.vectors) if name != one}
+    first = next(iter(others))
+    changes = {
+        "survivor outside U2": {"roll": roll_of(sequence, SPARSE.names, told.roll.items)},
+        "kept back": {"vectors": {name: h for name, h in told.vectors.items() if name != first}},
+        "too few": {"roll": roll_of(sequence, present[:10], told.roll.items)},
+        "not among them": {
+            "roll": roll_of(sequence, [*present[1:], SPARSE.names[11]], told.roll.items),
+            "vectors": others,
+        },
+    }[lie]
+    with pytest.raises(ProtocolError):
+        sequence.sites[one].agree(tampered(sequence, shown[one], Survivors, **changes))
+
+
+def test_a_dealing_on_a_sparse_graph_to_others_than_the_neighbourhood():
+    sequence = sparse()
+    lists = sequence.keys(list(SPARSE.names))
+    one = SPARSE.names[0]
+    dealing = opened(sequence.sites[one].deal(lists[one]), Dealing)
+    around = {note.body.holder for note in dealing.notes}
+    stranger = next(name for name in SPARSE.names if name not in around)
+    moved = dealing.notes[0].body.model_copy(update={"holder": stranger})
+    notes = (seal(moved, one, SPARSE.keys[one]), *dealing.notes[1:])
+    lie = Dealing(context=sequence.offer.context(), notes=notes)
+    with pytest.raises(ProtocolError, match="did not deal"):
+        sequence.server.receive_dealing(one, encode(seal(lie, one, SPARSE.keys[one])))
+
+
+def test_agreements_of_others_than_the_neighbourhood():
+    sequence = sparse()
+    names = list(SPARSE.names)
+    deliveries = sequence.shares(names, sequence.keys(names))
+    for name in names:
+        sequence.send(name, words(sequence, 1), deliveries[name])
+    sequence.agree(names)
+    one = names[0]
+    around = sequence.sites[one].state.peers
+    strangers = [name for name in names if name not in around][:3]
+    agreements = tuple(seal(sequence.server.agreement(), name, SPARSE.keys[name]) for name in strangers)
+    body = Unmasking(context=sequence.offer.context(), agreements=agreements)
+    with pytest.raises(ProtocolError, match="may take part"):
+        sequence.sites[one].reveal(signed_by_server(body, SPARSE))
