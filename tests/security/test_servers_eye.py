@@ -18,8 +18,9 @@ from fedfuse_shared.crypto.derive import End
 from fedfuse_shared.crypto.keys import public_of
 from fedfuse_shared.crypto.keystream import apply_masks
 from fedfuse_shared.secagg import quantise
+from fedfuse_shared.secagg.bounds import Bounds
 from fedfuse_shared.secagg.masking import MaskOwner, inverse, pair_masks, self_mask
-from fedfuse_shared.secagg.packing import add_packed, packed_size
+from fedfuse_shared.secagg.packing import add_packed, pack, packed_size
 
 HONEST = ("site00", "site01")
 UNKNOWN = b"the key only two sites have.".ljust(32)
@@ -52,7 +53,7 @@ class HonestPairMask:
                 words += -self.stream if mask.subtract else self.stream
 
 
-def play(monkeypatch, inputs, mask, drop=()):
+def play(monkeypatch, inputs, mask, drop, changes):
     """Return every byte the server receives in a round, and the sum it opens."""
     from fedfuse_shared.secagg import server, site
 
@@ -60,7 +61,7 @@ def play(monkeypatch, inputs, mask, drop=()):
         monkeypatch.setattr(module, "pair_masks", mask.pair_masks)
         monkeypatch.setattr(module, "apply_masks", mask.apply_masks)
     federation = Federation(tuple(inputs))
-    sequence = Round(federation, federation.offer(), seed="view")
+    sequence = Round(federation, federation.offer(**changes), seed="view")
     senders = [n for n in inputs if n not in drop]
     words = {n: sequence.words(u) for n, u in inputs.items()}
     return hashlib.sha256(b"".join(sequence_view(sequence, words, senders))).hexdigest(), sequence
@@ -71,17 +72,17 @@ def sequence_view(sequence, words, senders):
     return [*sequence.view, total.tobytes()]
 
 
-def coupled_worlds(monkeypatch, *, removed, drop=()):
-    federation = Federation.of(6)
-    offer = federation.offer()
+def coupled_worlds(monkeypatch, *, removed, drop=(), sites=6, **changes):
+    federation = Federation.of(sites)
+    offer = federation.offer(**changes)
     numbers = np.random.default_rng(3)
     values = updates(federation, offer, numbers)
     one, two = (quantise.quantise(values[n], frozenset(), offer) for n in HONEST)
     stream = numbers.integers(0, 2**32, len(one), dtype=np.uint32)
     # World two: the honest updates change places, and the mask nobody knows is another uniform one.
     other = stream + one - two
-    first = play(monkeypatch, values, HonestPairMask(stream, removed=removed), drop)
-    second = play(monkeypatch, swapped(values), HonestPairMask(other, removed=removed), drop)
+    first = play(monkeypatch, values, HonestPairMask(stream, removed=removed), drop, changes)
+    second = play(monkeypatch, swapped(values), HonestPairMask(other, removed=removed), drop, changes)
     return first[0], second[0]
 
 
@@ -89,6 +90,21 @@ def coupled_worlds(monkeypatch, *, removed, drop=()):
 def test_swapping_two_honest_updates_changes_no_byte_the_server_sees(monkeypatch, drop):
     first, second = coupled_worlds(monkeypatch, removed=False, drop=drop)
     assert first == second
+
+
+@pytest.mark.parametrize("bits", [16, 20, 24])
+def test_nor_does_it_on_a_narrow_ring(monkeypatch, bits):
+    first, second = coupled_worlds(monkeypatch, removed=False, ring_bits=bits)
+    assert first == second
+
+
+def test_nor_does_it_between_neighbours_on_a_sparse_graph(monkeypatch):
+    # A server that keeps to the protocol; the seed of the sessions makes the two honest sites neighbours.
+    bounds = Bounds(12, 3, 0, 11, 6)
+    first, second = coupled_worlds(monkeypatch, removed=False, sites=12, bounds=bounds)
+    assert first == second
+    changed, other = coupled_worlds(monkeypatch, removed=True, sites=12, bounds=bounds)
+    assert changed != other
 
 
 def test_without_the_mask_between_the_two_the_views_differ(monkeypatch):
@@ -124,26 +140,29 @@ def vectors(sequence):
     return [raw for raw in sequence.view if len(raw) == length]
 
 
-def chi_square_of_bytes(words):
-    counts = Counter(words.tobytes())
-    expected = 4 * len(words) / 256
+def chi_square_of_bytes(words, bits):
+    raw = pack(words, bits)
+    counts = Counter(raw)
+    expected = len(raw) / 256
     return sum((counts.get(value, 0) - expected) ** 2 / expected for value in range(256))
 
 
-def test_all_that_can_be_stripped_leaves_the_sum_and_uniform_words():
+@pytest.mark.parametrize("bits", [32, 20])
+def test_all_that_can_be_stripped_leaves_the_sum_and_uniform_words(bits):
     from fedfuse_shared.offer import Segment
 
     federation = Federation.of(6)
-    offer = federation.offer(layout=(Segment(name="head", size=40_000),))
+    offer = federation.offer(layout=(Segment(name="head", size=40_000),), ring_bits=bits)
     sequence = Round(federation, offer, seed="stripped")
     values = {n: np.full(offer.dimension(), 0.5, np.float32) for n in federation.names}
     words = {n: sequence.words(u) for n, u in values.items()}
     left = stripped(sequence, words)
     one, two = HONEST
-    assert (left[one] + left[two] == words[one] + words[two]).all()
+    low = np.uint32(2**bits - 1)
+    assert ((left[one] + left[two]) & low == (words[one] + words[two]) & low).all()
     for name in HONEST:
-        assert not (left[name] == words[name]).any() or (left[name] == words[name]).mean() < 1e-3
+        assert ((left[name] ^ words[name]) & low == 0).mean() < 1e-3
         # 255 degrees of freedom, mean 255, deviation 22.6: 400 is 6.4 deviations, false alarms below 1e-8. The
         # updates are constant, so unmasked words would give millions.
-        assert chi_square_of_bytes(left[name]) < 400
-        assert chi_square_of_bytes(words[name]) > 10_000
+        assert chi_square_of_bytes(left[name], bits) < 400
+        assert chi_square_of_bytes(words[name], bits) > 10_000
