@@ -64,10 +64,10 @@ class Site:
 
     def answer(self, step: Step, parcel: Parcel) -> Parcel:
         """Return the answer to one message; a problem is said in the answer and changes nothing it should not."""
-        self._erase_expired()
         body, vector, problem = b"", b"", ""
         leaves: tuple[bytes, ...] = ()
         try:
+            self._erase_expired()
             if step is Step.HELLO:
                 body = self._introduce(parcel)
             elif step is not Step.SETTLE:

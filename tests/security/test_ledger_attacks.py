@@ -223,6 +223,38 @@ def offer_that_opens_below_its_threshold() -> Report:
     return ended(builder)
 
 
+@attack(Code.OFFER_BOUNDS)
+def offer_of_a_sparse_graph_too_sparse_for_its_colluders() -> Report:
+    builder = started()
+    builder.abort(builder.offer(neighbours=2, threshold=1, colluders=1))
+    return ended(builder)
+
+
+@attack(Code.OFFER_BOUNDS)
+def offer_of_a_sparse_graph_with_numbers_that_make_no_sense() -> Report:
+    builder = started()
+    builder.abort(builder.offer(neighbours=2, threshold=1, colluders=10_000, min_survivors=10_000))
+    return ended(builder)
+
+
+@attack(Code.OFFER_BOUNDS)
+def offer_of_shared_noise_on_a_sparse_graph() -> Report:
+    builder = started()
+    shared = privacy(builder, trust=Trust.AGGREGATE, noise_sites=4, noise_share=0.75)
+    sparse = {"neighbours": 2, "threshold": 1, "colluders": 0, "min_survivors": 4}
+    builder.abort(builder.offer(privacy=shared, **sparse))
+    return ended(builder)
+
+
+@attack(Code.OUTSIDE_POLICY)
+def charged_on_a_sparse_graph_that_the_sites_policy_does_not_allow() -> Report:
+    builder = started()
+    for site in builder.federation.names:
+        builder.policy(site, min_threshold=1)
+    builder.round(neighbours=2, threshold=1, colluders=0, min_survivors=4)
+    return ended(builder)
+
+
 @attack(Code.OFFER_NOISE)
 def offer_of_less_noise_than_is_accounted() -> Report:
     builder = started()

@@ -260,6 +260,12 @@ def _settings(
             ("colluding sites withstood", offer.colluders),
             ("fewest sites in an opened sum", offer.min_survivors),
             ("ring", f"{offer.ring_bits} bits"),
+            (
+                "graph",
+                f"sparse, {offer.neighbours} neighbours: for a server that keeps to the protocol"
+                if offer.neighbours
+                else "complete: for a server that lies",
+            ),
         ]
     return groups
 
