@@ -92,6 +92,14 @@ def spent(database: Database, dataset: Hex32) -> list[Spent]:
     return [Spent(federation, body.dataset, body.charge) for federation, body in reservations]
 
 
+def pools(database: Database) -> list[tuple[Hex32, ...]]:
+    """Return the data sets the store knows, those that share a budget together, the oldest first."""
+    found: dict[int, list[Hex32]] = {}
+    for pool, identifier in database.rows("SELECT pool, id FROM dataset ORDER BY pool, number"):
+        found.setdefault(pool, []).append(identifier)
+    return [tuple(identifiers) for identifiers in found.values()]
+
+
 def _checked(digest: bytes) -> tuple[bytes]:
     if len(digest) != DIGEST:
         raise ValueError(f"a record's digest has {DIGEST} bytes, not {len(digest)}")

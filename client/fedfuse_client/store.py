@@ -89,6 +89,28 @@ class SiteStore:
         """
         return [item.charge for item in datasets.spent(self._database, dataset)]
 
+    def pools(self) -> list[tuple[Hex32, ...]]:
+        """Return the data sets the store knows, those that share a budget together."""
+        return datasets.pools(self._database)
+
+    def reservations(self, dataset: Hex32) -> list[datasets.Spent]:
+        """Return every reservation that counts against a data set, in the order of each federation's chain.
+
+        Raises:
+            StateError: the store does not know the data set.
+        """
+        return datasets.spent(self._database, dataset)
+
+    def backup(self, target: Path) -> None:
+        """Write a copy of the store that only its owner can read and that holds no secrets of a round.
+
+        A site restored from it refuses to train as soon as the ledger shows a leaf that it lacks.
+
+        Raises:
+            StateError: a file of that name exists, or it cannot be written.
+        """
+        self._database.backup(target)
+
     def save_step(
         self, context: Hex32, phase: str, state: bytes, reply: bytes, *, expires: float | None = None
     ) -> None:

@@ -205,6 +205,37 @@ class Database:
         if not nested and self._scrub:
             self._truncate_log()
 
+    def backup(self, target: Path) -> None:
+        """Write a copy without any round's secrets; nothing is overwritten, and a copy is whole or not there.
+
+        Raises:
+            StateError: a file of that name exists, or it cannot be written.
+        """
+        try:
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fedfuse-backup-") as folder:
+                copy = Path(folder) / "store"
+                copy.touch(mode=0o600)
+                with _named(target), closing(_connect(copy)) as connection:
+                    self._connection.backup(connection)
+                    connection.execute("DELETE FROM reply")
+                    connection.execute("UPDATE session SET phase = NULL, state = NULL, checksum = NULL")
+                    connection.execute("PRAGMA journal_mode = DELETE")
+                    connection.execute("VACUUM")
+                with copy.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.link(copy, target)
+                _sync_folder(target.parent)
+        except FileExistsError as problem:
+            raise StateError(
+                "exists and is not overwritten", who=str(target), advice="choose another name"
+            ) from problem
+        except OSError as problem:
+            raise StateError(
+                f"backup cannot be written ({problem.strerror})",
+                who=str(target),
+                advice="check the folder and the space on its disk",
+            ) from problem
+
     def scrub(self) -> None:
         """Leave no older copy of deleted bytes in the write-ahead log once this transaction ends."""
         self._scrub = True

@@ -22,6 +22,7 @@ SUMMARIES = {
     "report": "Write a run's report.html again: scores, privacy, who took part, how to reproduce.",
     "graph": "Choose the neighbours and the threshold of a sparse graph, and show why.",
     "data": "Check and describe a folder of data.",
+    "site": "Look after a site: what its data have spent, a backup of its store.",
 }
 
 EPILOG = (

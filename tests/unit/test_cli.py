@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
+import typer
 
 from fedfuse_shared.cli import GROUP, SUMMARIES
 
@@ -40,7 +41,7 @@ def test_every_contributed_command_has_a_summary_and_the_summary_is_its_own():
     for point in entry_points(group=GROUP):
         target = point.load()
         text = target.__doc__ if callable(target) and target.__doc__ else None
-        if point.name == "data":
+        if isinstance(target, typer.Typer):
             text = target.info.help
         assert text, point.name
         assert text.strip().splitlines()[0] == SUMMARIES[point.name]
@@ -106,3 +107,28 @@ def test_json_mode_puts_one_object_on_standard_output(tmp_path):
     done = fedfuse("data", "show", str(write_data(tmp_path / "d")), "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)
+
+
+def test_the_choice_of_a_graph_is_printed_with_its_reasons():
+    done = fedfuse("graph", "1000")
+    assert done.returncode == 0
+    assert "1000 sites: 34 neighbours, threshold 18; 50 colluders, 50 dropouts" in done.stdout
+    for reason in ("2^-41.2", "2^-48.4", "2^-37.4", "32 neighbours", 'graphs = ["sparse"]'):
+        assert reason in done.stdout
+    found = json.loads(fedfuse("graph", "1000", "--json").stdout)
+    assert (found["neighbours"], found["threshold"], found["min_survivors"]) == (34, 18, 950)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("5",), "no sparse graph protects 5 sites"),
+        (("1000", "--corruption", "1.5"), "shares lie between 0 and 1"),
+        (("100000",), "3 to 10000 sites"),
+    ],
+)
+def test_a_graph_that_cannot_be_is_one_line(arguments, said):
+    done = fedfuse("graph", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
