@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -55,8 +56,9 @@ def load_key(path: Path) -> Ed25519PrivateKey:
         raise StateError("key is open to other users", who=str(path), advice=f"chmod 600 {path}")
     try:
         key = load_pem_private_key(pem, password=None)
-    except ValueError as problem:
-        raise StateError("file holds no private key", who=str(path)) from problem
+    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError) as problem:
+        # Garbage; encrypted; an algorithm unheard of; one whose keys are of another length.
+        raise StateError("file holds no private key that can be used", who=str(path)) from problem
     if not isinstance(key, Ed25519PrivateKey):
         raise StateError("file holds no Ed25519 key", who=str(path))
     return key
