@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from fedfuse_client.datasets import Spent
 from fedfuse_client.policy import SitePolicy
@@ -67,14 +68,14 @@ def statements(store: SiteStore, policy: SitePolicy) -> list[Statement]:
 
 
 def _statement(pool: tuple[Hex32, ...], spent: Sequence[Spent], policy: SitePolicy) -> Statement:
-    charges = [item.charge for item in spent]
     shares = []
     for federation in sorted({item.federation for item in spent}):
-        own = [item.charge for item in spent if item.federation == federation]
-        steps = sum(charge.steps for charge in own)
-        shares.append(Share(federation, len(own), steps, epsilon_enforced(own, policy.delta)))
-    places = sorted({-(-len(charges) * point // POINTS) for point in range(1, POINTS + 1)}) if charges else []
-    curve = tuple((place, epsilon_enforced(charges[:place], policy.delta)) for place in places)
+        own = [item for item in spent if item.federation == federation]
+        # The training's mechanism stands first; evaluation takes no steps.
+        steps = sum(item.charges[0].steps for item in own)
+        shares.append(Share(federation, len(own), steps, _epsilon(own, policy)))
+    places = sorted({-(-len(spent) * point // POINTS) for point in range(1, POINTS + 1)}) if spent else []
+    curve = tuple((place, _epsilon(spent[:place], policy)) for place in places)
     return Statement(
         datasets=pool,
         epsilon=curve[-1][1] if curve else 0.0,
@@ -82,19 +83,21 @@ def _statement(pool: tuple[Hex32, ...], spent: Sequence[Spent], policy: SitePoli
         delta=policy.delta,
         shares=tuple(shares),
         curve=curve,
-        more_rounds=_more(charges, policy) if charges else None,
+        more_rounds=_more(spent, policy) if spent else None,
     )
 
 
-def _more(charges: list[Charge], policy: SitePolicy) -> int:
-    """Return how often the last charge fits once more under the cap."""
+def _epsilon(spent: Iterable[Spent], policy: SitePolicy, *further: Charge) -> float:
+    charges = chain.from_iterable(item.charges for item in spent)
+    return epsilon_enforced(chain(charges, further), policy.delta, policy.schedule)
+
+
+def _more(spent: Sequence[Spent], policy: SitePolicy) -> int:
+    """Return how often rounds that cost what the last one did fit under the cap."""
 
     def fits(rounds: int) -> bool:
-        last = charges[-1]
-        further = last.model_copy(update={"steps": last.steps * rounds}) if rounds else None
-        return (
-            epsilon_enforced([*charges, *([further] if further else [])], policy.delta) <= policy.epsilon_cap
-        )
+        last = [charge.model_copy(update={"steps": charge.steps * rounds}) for charge in spent[-1].charges]
+        return _epsilon(spent, policy, *last) <= policy.epsilon_cap
 
     if not fits(1):
         return 0

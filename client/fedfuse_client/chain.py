@@ -18,11 +18,13 @@ from fedfuse_client.policy import SitePolicy, check_offer
 from fedfuse_client.store_database import Database
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Hex32, Label, SiteName, Trust
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.envelope import Envelope, decode, encode, seal, verify
 from fedfuse_shared.errors import BudgetError, ProtocolError, StateError
 from fedfuse_shared.ledger.records import (
     FIRST_LINK,
     Charge,
+    EvaluationCharge,
     Policy,
     Receipt,
     Refusal,
@@ -204,7 +206,9 @@ class Chain:
 
         # What the ledger of this federation shows under this identifier, and only that, is not elsewhere.
         here = (self.federation, dataset)
-        elsewhere = merge(item.charge for item in before if (item.federation, item.dataset) != here)
+        elsewhere = merge(
+            charge for item in before if (item.federation, item.dataset) != here for charge in item.charges
+        )
         if len(elsewhere) > MAX_ELSEWHERE:
             raise BudgetError(
                 f"data set was spent under {len(elsewhere)} mechanisms, at most {MAX_ELSEWHERE} can be listed",
@@ -226,32 +230,52 @@ class Chain:
             clip=asked.clip,
             delta=asked.delta,
             elsewhere=elsewhere,
+            evaluation=_evaluation_charge(offer),
         )
 
     def _check_cap(self, policy: SitePolicy, offer: Offer, before: list[datasets.Spent]) -> None:
-        """Refuse what would pass the cap.
-
-        One mechanism over and over is accounted by its privacy loss distribution. Where offers change (q, sigma) on
-        the way, that is no filter (Rogers et al. 2016); Renyi accounting is (Lecuyer 2021), so it is enforced then.
-        """
+        """Refuse what would pass the cap, and another mechanism where the policy fixes one (``config.privacy``)."""
         # Only here: they take a second to import, and phases that move keys need not wait for it.
         from fedfuse_shared.privacy.accountant import epsilon_enforced  # noqa: PLC0415
         from fedfuse_shared.privacy.budget import fits  # noqa: PLC0415
-        from fedfuse_shared.privacy.mechanisms import merge  # noqa: PLC0415
+        from fedfuse_shared.privacy.mechanisms import steps_by_mechanism  # noqa: PLC0415
 
         if offer.privacy.trust is Trust.NONE:
             return  # the policy allows training without a guarantee; the charge is infinite, and stays
-        charges = [*(item.charge for item in before), _charge(offer)]
-        if len(merge(charges)) == 1 and fits(charges, policy.delta, policy.epsilon_cap):
-            return
-        projected = epsilon_enforced(charges, policy.delta)
+        charges = [*(charge for item in before for charge in item.charges), *_charges(offer)]
+        mechanisms = steps_by_mechanism(charges)
+        if policy.schedule is Schedule.FIXED:
+            if len(mechanisms) > 1:
+                raise BudgetError(
+                    f"round {offer.round} asks for sampling rate {offer.privacy.sampling_rate} and noise multiplier "
+                    f"{offer.privacy.noise_multiplier}; this data set was charged for others, and policy's "
+                    "schedule is fixed",
+                    who=f"site {self.site}",
+                    advice='offer those again, or set schedule = "free" in policy.toml: Renyi accounting counts then',
+                )
+            if fits(charges, policy.delta, policy.epsilon_cap):
+                return
+        projected = epsilon_enforced(charges, policy.delta, policy.schedule)
         if not projected <= policy.epsilon_cap:  # refuses NaN too
             raise BudgetError(
                 f"round {offer.round} would bring epsilon to {projected:.6g} of {policy.epsilon_cap} "
-                f"(delta {policy.delta}, {len(charges)} reservations on this data set)",
+                f"(delta {policy.delta}, {len(before) + 1} reservations on this data set)",
                 who=f"site {self.site}",
                 advice="raise epsilon_cap in policy.toml or stop",
             )
+
+
+def _evaluation_charge(offer: Offer) -> EvaluationCharge | None:
+    asked = offer.evaluation
+    if asked is None or not offer.counts:
+        return None
+    return EvaluationCharge(noise=asked.noise, noise_share=asked.noise_share)
+
+
+def _charges(offer: Offer) -> list[Charge]:
+    """Return everything one attempt costs."""
+    evaluation = _evaluation_charge(offer)
+    return [_charge(offer), *([evaluation.charge] if evaluation else [])]
 
 
 def _charge(offer: Offer) -> Charge:

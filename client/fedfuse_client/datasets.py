@@ -26,7 +26,7 @@ class Spent(NamedTuple):
 
     federation: Label
     dataset: Hex32
-    charge: Charge
+    charges: tuple[Charge, ...]
 
 
 def register(database: Database, digests: Iterable[bytes]) -> Hex32:
@@ -89,7 +89,7 @@ def spent(database: Database, dataset: Hex32) -> list[Spent]:
     reservations = [
         (federation, decode(raw.encode(), Reservation, who="store").body) for federation, raw in leaves
     ]
-    return [Spent(federation, body.dataset, body.charge) for federation, body in reservations]
+    return [Spent(federation, body.dataset, body.charges) for federation, body in reservations]
 
 
 def pools(database: Database) -> list[tuple[Hex32, ...]]:

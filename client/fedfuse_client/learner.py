@@ -44,6 +44,7 @@ class Learner:
         self._identifier: str | None = None
         self._model: MultimodalClassifier | None = None
         self._tensors: tuple[ModelConfig, RecordTensors] | None = None
+        self._tests: tuple[ModelConfig, RecordTensors] | None = None
 
     def dataset(self, store: SiteStore) -> str:
         """Return the store's identifier of the data set, registering its records by content.
@@ -53,7 +54,9 @@ class Learner:
         """
         if self._identifier is None:
             dataset, rows = self._load()
-            self._identifier = store.register_dataset(content_digest(dataset, row) for row in rows)
+            # Test rows too: they may be evaluated, and who trains on them later inherits what that cost.
+            known = (*rows, *self._test_rows(dataset))
+            self._identifier = store.register_dataset(content_digest(dataset, row) for row in known)
         return self._identifier
 
     def check_classes(self, offer: Offer) -> None:
@@ -99,7 +102,7 @@ class Learner:
         return weights
 
     def update(self, offer: Offer, weights: NDArray[np.float32]) -> Words:
-        """Train from the global weights and return the quantised update, shape ``(d + tail,)``.
+        """Train from the global weights and return the quantised update and counts, shape ``(d + tail + counts,)``.
 
         Nothing refuses here any more: whether this site answers must not depend on its records. If training fails,
         for want of memory say, an update of noise alone is sent, as if no record had been drawn.
@@ -110,7 +113,30 @@ class Learner:
             log.exception("round %s: training failed; noise alone is sent", offer.round)
             self._tensors = None
             update = self._train(offer, weights, ())
-        return quantise(update, frozenset(self._policy.modalities), offer)
+        counts = self._evaluate(offer, weights) if offer.counts else None
+        return quantise(update, frozenset(self._policy.modalities), offer, counts)
+
+    def _evaluate(self, offer: Offer, weights: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return the noised counts of this site's test rows; of no row if that fails, for the reason above."""
+        from fedfuse_client.data.tensors import RecordTensors  # noqa: PLC0415 - imports torch
+        from fedfuse_client.evaluation import count, noised  # noqa: PLC0415
+        from fedfuse_shared.models import load_flat  # noqa: PLC0415
+
+        try:
+            if self._tests is None or self._tests[0] != offer.model:
+                rows = tuple(map(self._declared, self._test_rows(self._load()[0])))
+                self._tests = offer.model, RecordTensors(self._policy.data, rows, offer.model)
+            model = self._model_for(offer)
+            load_flat(model, weights)
+            counts = count(model, self._tests[1], offer, MICROBATCH)
+        except Exception:
+            log.exception("round %s: evaluation failed; noise alone is sent", offer.round)
+            counts = np.zeros(offer.counts, dtype=np.int64)
+        return noised(counts, offer)
+
+    def _test_rows(self, dataset: Dataset) -> tuple[Record, ...]:
+        wanted = self._policy.record_sites
+        return tuple(row for row in dataset.select(split="test") if row.site in wanted)
 
     def _train(
         self, offer: Offer, weights: NDArray[np.float32], rows: tuple[Record, ...]
@@ -146,7 +172,7 @@ class Learner:
     def _load(self) -> tuple[Dataset, tuple[Record, ...]]:
         if self._rows is None:
             dataset = load_dataset(self._policy.data)
-            wanted = set(self._policy.dataset_sites or (self._policy.site,))
+            wanted = set(self._policy.record_sites)
             rows = tuple(row for row in dataset.select(split="train") if row.site in wanted)
             if not rows:
                 raise DataError(

@@ -10,15 +10,17 @@ from typing import Annotated, Final, NamedTuple
 
 from pydantic import Field
 
+from fedfuse_client.code import code_hash
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen, Hex32, Label, Modality, SiteName, Trust
 from fedfuse_shared.config.federation import GraphKind, Lifetime
 from fedfuse_shared.config.files import load_toml
-from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate
+from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate, Schedule
 from fedfuse_shared.envelope import canonical
 from fedfuse_shared.errors import ConfigError, PolicyError
+from fedfuse_shared.evaluation import most_counted
 from fedfuse_shared.ledger import records
-from fedfuse_shared.offer import Offer, SiteCount
+from fedfuse_shared.offer import Offer, SiteCount, architecture_hash
 from fedfuse_shared.secagg.bounds import Bounds
 from fedfuse_shared.secagg.graph import COMPLETE
 from fedfuse_shared.secagg.ring import wraps
@@ -64,6 +66,14 @@ class SitePolicy(Frozen):
     """Graphs of secure aggregation this site takes part in; on a sparse one it trusts the server not to lie."""
     max_lifetime: Lifetime = 86_400
     """Longest time the secrets of an attempt may stay in this site's store (seconds)."""
+    schedule: Schedule = Schedule.FIXED
+    """``fixed``: one mechanism for good, by the tighter bound; ``free``: any within bounds, by Renyi accounting."""
+    min_evaluation_noise: Positive | None = None
+    """Least noise on each released evaluation count (standard deviation); left out, none is released."""
+    models: Annotated[tuple[Hex32, ...], Field(max_length=1000)] = ()
+    """Hashes of the models this site trains (``fedfuse site models``); empty: any that fits its data."""
+    code: Annotated[tuple[Hex32, ...], Field(max_length=1000)] = ()
+    """Hashes of the fedfuse code this site trains with (``fedfuse site code``); empty: whatever is installed."""
     plans: Annotated[tuple[Hex32, ...], Field(max_length=1000)] = ()
     """Hashes of the run configurations this site takes part in; empty: any within the bounds above."""
 
@@ -97,6 +107,8 @@ class SitePolicy(Frozen):
             max_steps_per_round=self.max_steps_per_round,
             max_clip=self.max_clip,
             graphs=self.graphs,
+            schedule=self.schedule,
+            min_evaluation_noise=self.min_evaluation_noise,
         )
 
 
@@ -131,6 +143,8 @@ def check_offer(policy: SitePolicy, offer: Offer) -> None:
         _mechanism(policy, offer),
         _noise_source(policy, offer),
         _ring(offer),
+        _evaluation(policy, offer),
+        _model(policy, offer),
         _plan(policy, offer),
     )
     first = next(objections, None)
@@ -260,6 +274,60 @@ def _ring(offer: Offer) -> Iterator[_Objection]:
             f"could wrap: {n} sites times range {offer.clip_range} times scale {offer.scale} reaches 2^"
             f"{offer.ring_bits - 1}",
             "ask the coordinator for a smaller scale or clip_range",
+        )
+
+
+def _evaluation(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
+    """May counts of this site's test rows leave, and is there enough noise on them?"""
+    asked = offer.evaluation
+    if asked is None:
+        return
+    if policy.min_evaluation_noise is None:
+        yield _Objection(
+            "asks for evaluation counts, policy releases none",
+            "set min_evaluation_noise in policy.toml or stay out",
+        )
+    elif asked.noise < policy.min_evaluation_noise:
+        yield _outside(
+            f"asks for noise {asked.noise} on counts",
+            policy.min_evaluation_noise,
+            "min_evaluation_noise",
+            floor=True,
+        )
+    if policy.schedule is not Schedule.FREE:
+        yield _Objection(
+            "evaluates as well as trains, policy's schedule is fixed to one mechanism",
+            'set schedule = "free" in policy.toml (Renyi accounting counts then) or stay out',
+        )
+    if asked.noise_share != asked.noise and offer.privacy.trust is not Trust.AGGREGATE:
+        yield _Objection(
+            f"has each site add noise {asked.noise_share} to its counts but charges {asked.noise}",
+            "report it: with trust = site both are the same",
+        )
+    if offer.counts > limits.MAX_COUNTS:
+        yield _Objection(
+            f"asks for {offer.counts} counts, fedfuse handles at most {limits.MAX_COUNTS}",
+            'ask the coordinator for evaluation.detail = "accuracy"',
+        )
+    try:
+        most_counted(offer)
+    except ConfigError as problem:
+        yield _Objection(f"cannot evaluate: {problem.message}", "ask the coordinator for a wider ring")
+
+
+def _model(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
+    """Is it a model this site trains, with code it trains with?"""
+    if policy.code and code_hash() not in policy.code:
+        yield _Objection(
+            f"would be trained on by code {code_hash()[:16]}…, which policy does not list",
+            "review what is installed and add what `fedfuse site code` prints to code in policy.toml, or go back to "
+            "the version before",
+        )
+    asked = architecture_hash(offer.model)
+    if policy.models and asked not in policy.models:
+        yield _Objection(
+            f"trains model {asked[:16]}…, which policy does not list",
+            f"review the model and add {asked} to models in policy.toml or stay out",
         )
 
 

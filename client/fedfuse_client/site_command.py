@@ -50,6 +50,31 @@ def budget(
 
 
 @app.command()
+def code() -> None:
+    """Print the hash of the fedfuse code installed here, for `code` in policy.toml.
+
+    A site whose policy names hashes takes part only with that code: an upgrade nobody reviewed is refused.
+    """
+    from fedfuse_client.code import code_hash
+
+    typer.echo(code_hash())
+
+
+@app.command()
+def models(
+    config: Annotated[
+        Path, typer.Argument(help="A run's settings, config.toml, as the coordinator sends them.")
+    ],
+) -> None:
+    """Print the hash of the model in a run's settings, for `models` in policy.toml."""
+    from fedfuse_shared.config.federation import RunConfig
+    from fedfuse_shared.config.files import load_toml
+    from fedfuse_shared.offer import architecture_hash
+
+    typer.echo(architecture_hash(load_toml(config, RunConfig).model))
+
+
+@app.command()
 def backup(
     folder: Folder,
     target: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],

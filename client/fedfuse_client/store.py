@@ -87,7 +87,7 @@ class SiteStore:
         Raises:
             StateError: the store does not know the data set.
         """
-        return [item.charge for item in datasets.spent(self._database, dataset)]
+        return [charge for item in datasets.spent(self._database, dataset) for charge in item.charges]
 
     def pools(self) -> list[tuple[Hex32, ...]]:
         """Return the data sets the store knows, those that share a budget together."""

@@ -7,8 +7,8 @@ site's update: vectors go from the wire into ``ServerSession``'s running sum.
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import Iterable
 
 from flwr.serverapp import Grid
 
@@ -23,6 +23,7 @@ from fedfuse_shared import limits
 from fedfuse_shared.config.base import SERVER
 from fedfuse_shared.envelope import decode, encode, seal, verify
 from fedfuse_shared.errors import ConfigError, ProtocolError, RoundAborted, VerificationError, WrongDealer
+from fedfuse_shared.evaluation import summarise, tally
 from fedfuse_shared.ledger.records import Close, Outcome
 from fedfuse_shared.messages import Hello, Introduction, Step
 from fedfuse_shared.models import build_model, flatten, layout, model_hash
@@ -69,7 +70,7 @@ class Coordinator:
                 self._books.append(close)
             self._publish()
             # Told again: the process before may have ended between the round and the telling.
-            self._tell_opened(close.body.survivors)
+            self._tell_opened(close.body)
         for offer in list(self._books.standing.values()):
             self._books.sign(self._aborted(offer, "the server was stopped during this attempt"))
         self._books.checkpoint()
@@ -178,7 +179,8 @@ class Coordinator:
             self._out |= attempt.refused
 
     def _apply(self, offer: Offer, session: ServerSession) -> None:
-        update, _ = average(session.open(), offer, len(session.vectors))
+        total = session.open()
+        update, _ = average(total, offer, len(session.vectors))
         model = self._state.model
         model.apply(update, self._config.aggregation)
         agreement = session.agreement()
@@ -191,6 +193,7 @@ class Coordinator:
             survivors=session.vectors,
             agreements=session.agreements,
             model_hash=self._model_hash(),
+            counts=tally(total, offer),
         )
         # The model and the close that states it reach the disk in one write, the ledger after them.
         signed = seal(close, SERVER, self._key)
@@ -199,10 +202,15 @@ class Coordinator:
         self._books.append(signed)
         self._publish()
         self._books.checkpoint()
-        self._tell_opened(session.vectors)
+        self._tell_opened(close)
 
-    def _tell_opened(self, survivors: Iterable[str]) -> None:
-        tell(RoundOpened(self._state.round, tuple(sorted(survivors)), self._state.model.published))
+    def _tell_opened(self, close: Close) -> None:
+        evaluated, asked = None, self._config.evaluation
+        if close.counts and asked.noise is not None:
+            noise = asked.noise * math.sqrt(len(close.survivors))
+            evaluated = summarise(close.counts, asked.detail, noise)
+        published = self._state.model.published
+        tell(RoundOpened(self._state.round, tuple(sorted(close.survivors)), published, evaluated))
 
     def _publish(self) -> None:
         published = self._state.model.published

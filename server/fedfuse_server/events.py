@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfuse_shared.evaluation import Evaluated
+
 
 @dataclass(frozen=True)
 class RoundStarted:
@@ -38,6 +40,8 @@ class RoundOpened:
     survivors: tuple[str, ...]
     published: NDArray[np.float32]
     """The published weights, shape ``(d,)``."""
+    evaluated: Evaluated | None = None
+    """What the sites' noised counts say of the weights the round started from."""
 
 
 @dataclass(frozen=True)

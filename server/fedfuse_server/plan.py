@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedfuse_shared.config.base import Trust
+from fedfuse_shared.config.evaluation import LEAST_NOISE
 from fedfuse_shared.config.federation import GraphKind, RunConfig, SecureAggregationConfig
 from fedfuse_shared.config.privacy import PrivacyConfig
 from fedfuse_shared.errors import ConfigError
-from fedfuse_shared.offer import Offer, RoundPrivacy, Segment
+from fedfuse_shared.ledger.records import gaussian
+from fedfuse_shared.offer import Evaluation, Offer, RoundPrivacy, Segment
 from fedfuse_shared.offer import plan_hash as offered_plan
-from fedfuse_shared.privacy.calibration import noise_multiplier
+from fedfuse_shared.privacy.calibration import noise_beside, noise_multiplier
 from fedfuse_shared.roster import Roster
 from fedfuse_shared.secagg.bounds import Bounds, choose
 from fedfuse_shared.secagg.ring import check_rounding, largest_scale
@@ -42,6 +44,11 @@ def resolve(config: RunConfig) -> RunConfig:
             advice=f"set secure_aggregation.lifetime to at least {math.ceil(EXCHANGES * patience)}",
         )
     if config.privacy.trust is Trust.NONE:
+        if config.evaluation.every is not None and config.evaluation.noise is None:
+            raise ConfigError(
+                "without a guarantee there is no epsilon to take evaluation.share of",
+                advice=f"set evaluation.noise, {LEAST_NOISE:g} or more",
+            )
         privacy = config.privacy.model_copy(update={"noise_multiplier": NO_NOISE})
         return config.model_copy(update={"privacy": privacy})
     if config.privacy.trust is not Trust.SITE:
@@ -49,12 +56,53 @@ def resolve(config: RunConfig) -> RunConfig:
             'trust = "aggregate" is not built yet',
             advice='use trust = "site", which protects against everybody',
         )
+    config = _with_evaluation(config)
     if config.privacy.noise_multiplier is not None:
         return config
     privacy = config.privacy
     steps = config.rounds * privacy.steps_per_round
-    sigma = noise_multiplier(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
+    counted = config.evaluation.count(config.rounds)
+    if counted and config.evaluation.noise is not None:
+        beside = [gaussian(config.evaluation.noise)] * counted
+        sigma = noise_beside(beside, privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
+    else:
+        sigma = noise_multiplier(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
     return config.model_copy(update={"privacy": privacy.model_copy(update={"noise_multiplier": sigma})})
+
+
+def _with_evaluation(config: RunConfig) -> RunConfig:
+    """Return the settings with the noise on evaluation counts filled in, if there is any evaluation."""
+    asked, privacy = config.evaluation, config.privacy
+    if asked.every is None or asked.noise is not None:
+        return config
+    planned = asked.count(config.rounds)
+    if not planned:
+        raise ConfigError(
+            f"{config.rounds} rounds end before the first evaluation, in round {asked.every + 1}",
+            advice="lower evaluation.every or leave it out",
+        )
+    noise = max(
+        LEAST_NOISE,
+        noise_beside([], asked.share * privacy.epsilon, privacy.delta, sampling_rate=1.0, steps=planned),
+    )
+    return config.model_copy(update={"evaluation": asked.model_copy(update={"noise": noise})})
+
+
+def evaluation(config: RunConfig) -> Evaluation | None:
+    """Return what offers of a run say of evaluation.
+
+    Raises:
+        ConfigError: the noise on counts is not set, or too little.
+    """
+    asked = config.evaluation
+    if asked.every is None:
+        return None
+    if asked.noise is None or asked.noise < LEAST_NOISE:
+        raise ConfigError(
+            f"evaluation.noise is {asked.noise}, at least {LEAST_NOISE:g} is needed",
+            advice="leave it out: it is calibrated for evaluation.share",
+        )
+    return Evaluation(every=asked.every, detail=asked.detail, noise=asked.noise, noise_share=asked.noise)
 
 
 def plan_hash(config: RunConfig) -> str:
@@ -69,6 +117,7 @@ def plan_hash(config: RunConfig) -> str:
         config.training,
         round_privacy(config.privacy),
         config.secure_aggregation.clip_range,
+        evaluation(config),
     )
 
 
@@ -203,4 +252,5 @@ class Plan:
             scale=grid(self.config, len(participants)),
             clip_range=secure.clip_range,
             privacy=round_privacy(self.config.privacy),
+            evaluation=evaluation(self.config),
         )

@@ -21,6 +21,8 @@ MIN_SITES: Final = 3
 """Fewest participants of one offer: with two, each learns the other's update from the sum (sites)."""
 MAX_SEGMENTS: Final = 256
 """Most segments of an update layout."""
+MAX_COUNTS: Final = 10_000
+"""Most evaluation counts of one vector: a confusion matrix of a hundred classes."""
 MAX_ROUND_SECONDS: Final = 7 * 86_400
 """Longest time a site keeps the secrets of an attempt, whatever is offered (seconds)."""
 
@@ -54,6 +56,8 @@ LABEL_GRAPH: Final = b"fedfuse/v1/graph"
 LABEL_VECTOR: Final = b"fedfuse/v1/vector"
 LABEL_MODEL: Final = b"fedfuse/v1/model"
 LABEL_POLICY: Final = b"fedfuse/v1/policy"
+LABEL_ARCHITECTURE: Final = b"fedfuse/v1/architecture"
+LABEL_CODE: Final = b"fedfuse/v1/code"
 LABEL_PLAN: Final = b"fedfuse/v1/plan"
 LABEL_ROSTER: Final = b"fedfuse/v1/roster"
 LABEL_LEAF_LINK: Final = b"fedfuse/v1/chain"

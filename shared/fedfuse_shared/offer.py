@@ -9,6 +9,7 @@ from pydantic import Field
 
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen, Hex32, Label, Modality, SiteName, Trust
+from fedfuse_shared.config.evaluation import CountNoise, Detail, Every
 from fedfuse_shared.config.federation import Lifetime, RingBits, TrainingConfig
 from fedfuse_shared.config.model import ModelConfig
 from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate
@@ -44,11 +45,34 @@ class RoundPrivacy(Frozen):
     delta: Delta
 
 
+class Evaluation(Frozen):
+    """Which counts of their own test rows sites release, noised, in some of a run's rounds."""
+
+    every: Every
+    """Rounds 1 + every, 1 + 2 every and so on evaluate the model they start from."""
+    detail: Detail
+    noise: CountNoise
+    """Standard deviation of the noise on a count that the accounting relies on."""
+    noise_share: CountNoise
+    """What one site adds to each of its counts; equal to ``noise`` where nobody is trusted."""
+
+
+def architecture_hash(model: ModelConfig) -> str:
+    """Return the hash by which a site's policy names a model it trains (SHA-256, hexadecimal)."""
+    return hashlib.sha256(limits.LABEL_ARCHITECTURE + canonical(model)).hexdigest()
+
+
 def plan_hash(
-    federation: str, model: ModelConfig, training: TrainingConfig, privacy: RoundPrivacy, clip_range: float
+    federation: str,
+    model: ModelConfig,
+    training: TrainingConfig,
+    privacy: RoundPrivacy,
+    clip_range: float,
+    evaluation: Evaluation | None = None,
 ) -> str:
     """Return the hash of everything in an offer that is the same in every round (SHA-256, hexadecimal)."""
-    parts = [part.model_dump(mode="json") for part in (model, training, privacy)]
+    parts: list[object] = [part.model_dump(mode="json") for part in (model, training, privacy)]
+    parts.append(evaluation.model_dump(mode="json") if evaluation else None)
     return hashlib.sha256(limits.LABEL_PLAN + canonical([federation, *parts, clip_range])).hexdigest()
 
 
@@ -82,11 +106,22 @@ class Offer(Body):
     """Steps of the fixed-point grid per unit."""
     clip_range: Positive
     privacy: RoundPrivacy
+    evaluation: Evaluation | None = None
 
     @property
     def plan_hash(self) -> str:
         """What a site's policy may pin: computed from the offer itself, never taken from the server's word."""
-        return plan_hash(self.federation, self.model, self.training, self.privacy, self.clip_range)
+        return plan_hash(
+            self.federation, self.model, self.training, self.privacy, self.clip_range, self.evaluation
+        )
+
+    @property
+    def counts(self) -> int:
+        """Number of counts this round's vectors carry; 0 where it does not evaluate."""
+        asked = self.evaluation
+        if asked is None or self.round == 1 or (self.round - 1) % asked.every:
+            return 0
+        return 2 if asked.detail is Detail.ACCURACY else len(self.model.classes) ** 2
 
     def context(self) -> str:
         """Return the hash that binds every message of this attempt (SHA-256, hexadecimal)."""

@@ -37,6 +37,12 @@ def simulate(
     optimizer: Annotated[str | None, typer.Option(help="Server optimiser: fedavg or fedadam.")] = None,
     sites_per_round: Annotated[int | None, typer.Option(min=3, help="Sites drawn for each round.")] = None,
     colluders: Annotated[int | None, typer.Option(min=0, help="Sites that may help a lying server.")] = None,
+    evaluate_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Rounds between evaluations by the sites, under the budget; left out: none."
+        ),
+    ] = None,
     dropout: Annotated[
         float, typer.Option(min=0, max=1, help="Chance that a site's reply in an exchange is lost.")
     ] = 0.0,
@@ -89,6 +95,7 @@ def simulate(
         "model": {"fusion": fusion},
         "aggregation": {"optimizer": optimizer},
         "secure_aggregation": {"colluders": colluders},
+        "evaluation": {"every": evaluate_every},
     }
     name = data.name if data else scenario
     home = RunHome(out or Path("runs") / f"{name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")

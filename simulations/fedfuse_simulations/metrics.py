@@ -11,6 +11,7 @@ from pydantic_core import to_json
 
 from fedfuse_server.events import Event, RoundAbandoned, RoundOpened, RunStopped, SiteLeftOut
 from fedfuse_shared.config.base import Frozen
+from fedfuse_shared.evaluation import Evaluated
 from fedfuse_simulations.scoring import Scores
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class RoundMetrics(Frozen):
     survivors: tuple[str, ...]
     scores: Scores | None
     """None where the round was not scored."""
+    evaluated: Evaluated | None = None
+    """What the sites' own noised counts say of the weights the round started from."""
 
 
 class LeftOut(Frozen):
@@ -54,6 +57,10 @@ class Metrics(Frozen):
     """Why the run ended before its last planned round; empty when it did not."""
     seconds: float
     """Time spent in rounds, over all processes that worked on the run."""
+
+    def evaluated(self) -> list[tuple[int, Evaluated]]:
+        """Return what the sites' counts say, each with the round whose outcome they are about."""
+        return [(each.round - 1, each.evaluated) for each in self.rounds if each.evaluated is not None]
 
 
 Entry = RoundMetrics | LeftOut | Aborted
@@ -91,7 +98,14 @@ class Watcher:
             case RoundOpened():
                 if event.round % self._every == 0:
                     scores = self._examiner.examine(event.published)
-                self._note(RoundMetrics(round=event.round, survivors=event.survivors, scores=scores))
+                self._note(
+                    RoundMetrics(
+                        round=event.round,
+                        survivors=event.survivors,
+                        scores=scores,
+                        evaluated=event.evaluated,
+                    )
+                )
             case SiteLeftOut():
                 self._note(LeftOut(round=event.round, site=event.site, step=event.step, reason=event.reason))
             case RoundAbandoned():

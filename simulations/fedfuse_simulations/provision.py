@@ -8,10 +8,11 @@ from pathlib import Path
 from fedfuse_client.home import SiteHome
 from fedfuse_client.policy import SitePolicy
 from fedfuse_server.home import RunHome
-from fedfuse_server.plan import bounds_for, cohort, plan_hash
+from fedfuse_server.plan import bounds_for, cohort, evaluation, plan_hash
 from fedfuse_shared.config.base import OPERATOR, Modality
 from fedfuse_shared.config.federation import RunConfig
 from fedfuse_shared.config.files import save_toml
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.crypto.keys import identity_public
 from fedfuse_shared.envelope import encode, seal
 from fedfuse_shared.errors import ConfigError
@@ -44,6 +45,7 @@ def provision(
         raise ConfigError(
             "the noise multiplier is not set", advice="resolve the settings before provisioning"
         )
+    evaluated = evaluation(config)
     home.server_key.parent.mkdir(parents=True, mode=0o700)
     server = create_key(home.server_key)
     operator = create_key(home.server_key.parent / "operator.key")
@@ -77,6 +79,8 @@ def provision(
             max_steps_per_round=config.privacy.steps_per_round,
             max_clip=config.privacy.clip,
             graphs=(config.secure_aggregation.graph,),
+            schedule=Schedule.FREE if evaluated else Schedule.FIXED,
+            min_evaluation_noise=evaluated.noise if evaluated else None,
             max_lifetime=config.secure_aggregation.lifetime,
             plans=(plan_hash(config),),
         )

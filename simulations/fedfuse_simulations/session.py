@@ -176,6 +176,7 @@ def _summary(home: RunHome, metrics: Metrics, report: Report, seconds: float) ->
         "f1_macro": final.all_rows.f1_macro,
         "subsets": {name: score.accuracy for name, score in final.subsets.items()},
         "subsets_balanced": {name: score.balanced_accuracy for name, score in final.subsets.items()},
+        "evaluated": {number: each.accuracy for number, each in metrics.evaluated()},
         "epsilon": {site.site: site.epsilon for site in report.sites},
         "delta": next(site.delta for site in report.sites),
         "audit": report.ok,
@@ -198,6 +199,17 @@ def _score_table(scores: Scores) -> Table:
     table.add_section()
     for name, score in scores.subsets.items():
         row(name, score)
+    return table
+
+
+def _evaluation_table(metrics: Metrics) -> Table:
+    table = Table(title="By the sites' own noised counts, under the budget", title_justify="left")
+    for heading in ("after round", "accuracy", "±", "rows, noised"):
+        table.add_column(heading, justify="right")
+    for number, each in metrics.evaluated():
+        figures = (each.accuracy, each.deviation)
+        table.add_row(str(number), *("-" if f is None else f"{f:.3f}" for f in figures), str(each.rows))
+    table.caption, table.caption_justify = "± is one standard deviation of the noise alone", "left"
     return table
 
 
@@ -229,6 +241,8 @@ def audit(home: RunHome) -> Report:
 
 def _print_outcome(console: Console, home: RunHome, metrics: Metrics, report: Report) -> None:
     console.print(_score_table(metrics.final))
+    if metrics.evaluated():
+        console.print(_evaluation_table(metrics))
     if metrics.stopped:
         console.print(f"[bold red]The run ended early:[/] {metrics.stopped}")
     console.print(_budget_table(report))

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedfuse_shared.config.base import Trust
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.ledger.verification_budget import over
 from fedfuse_shared.ledger.verification_report import ADVICE, Finding, Report, SiteReport
 from fedfuse_shared.roster import Roster
@@ -34,10 +35,10 @@ def _parts(report: Report, roster: Roster) -> Iterator[RenderableType]:
     yield Text(f"Up to head {report.leaves}, root {report.root}")
     yield _table(report)
     yield Text(_meaning(report.sites))
-    if any(row.mechanisms > 1 for row in report.sites):
+    if any(row.schedule is Schedule.FREE for row in report.sites):
         yield Text(
-            "Parameters changed on the way: there caps are compared with RDP, which holds even if they were chosen "
-            "after seeing results; epsilon holds if the schedule was fixed beforehand."
+            "Free schedules: the policies let mechanisms change or evaluate under the budget, so epsilon is by Renyi "
+            "accounting, which holds even if they were chosen after seeing results."
         )
     yield Text(_NOT_PROVED)
     yield Text()
@@ -77,8 +78,7 @@ def _table(report: Report) -> Table:
 def _status(row: SiteReport, *, blamed: bool) -> tuple[str, str]:
     if row.trust is Trust.NONE:
         return "NO PRIVACY", "bold red"
-    counted = _counted(row)
-    if counted is None or (row.cap is not None and over(counted, row.cap)):
+    if row.epsilon is None or (row.cap is not None and over(row.epsilon, row.cap)):
         return "OVER CAP", "bold red"
     if blamed:
         return "FINDINGS", "bold red"
@@ -88,15 +88,9 @@ def _status(row: SiteReport, *, blamed: bool) -> tuple[str, str]:
 
 
 def _left(row: SiteReport) -> float:
-    counted = _counted(row)
-    if row.cap is None or counted is None:
+    if row.cap is None or row.epsilon is None:
         return 0.0
-    return math.floor(max(0.0, row.cap - counted) * 1000) / 1000
-
-
-def _counted(row: SiteReport) -> float | None:
-    """Return the number that the cap is compared with (``accountant.epsilon_enforced``)."""
-    return row.epsilon if row.mechanisms <= 1 else row.epsilon_rdp
+    return math.floor(max(0.0, row.cap - row.epsilon) * 1000) / 1000
 
 
 def _spent(value: float | None) -> str:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen, Label
+from fedfuse_shared.config.evaluation import EvaluationConfig
 from fedfuse_shared.config.model import ModelConfig
 from fedfuse_shared.config.privacy import Positive, PrivacyConfig
 
@@ -104,4 +105,5 @@ class RunConfig(Frozen):
     training: TrainingConfig = TrainingConfig()
     aggregation: AggregationConfig = AggregationConfig()
     secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     performance: PerformanceConfig = PerformanceConfig()

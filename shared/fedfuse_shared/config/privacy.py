@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import Field
@@ -11,6 +12,21 @@ from fedfuse_shared.config.base import Frozen, Trust
 SamplingRate = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Delta = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Schedule(StrEnum):
+    """Whether the mechanism a data set is charged for may change; the site's policy says it, before the first charge.
+
+    Either way the server may choose, after every round, whether and how to go on.
+
+    ``FIXED``: one pair of sampling rate and noise multiplier for good. Only the number of steps is left to choose,
+    and the privacy loss distribution bounds it: epsilon never falls as steps are added.
+    ``FREE``: any mechanisms the policy allows. Only Renyi accounting is a filter then (Lecuyer 2021), so it counts
+    from the first charge on. Evaluation under the budget is a second mechanism and needs it.
+    """
+
+    FIXED = "fixed"
+    FREE = "free"
 
 
 class PrivacyConfig(Frozen):

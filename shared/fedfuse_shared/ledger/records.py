@@ -16,7 +16,7 @@ from pydantic import Field
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen, Hex32, Hex64, ShortText, SiteName, Trust
 from fedfuse_shared.config.federation import GraphKind
-from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate
+from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate, Schedule
 from fedfuse_shared.envelope import Body, Envelope, encode
 from fedfuse_shared.offer import Adjacency, Offer, SiteCount
 from fedfuse_shared.roster import Roster
@@ -26,6 +26,7 @@ FIRST_LINK = "0" * 64
 
 Sequence = Annotated[int, Field(ge=1, le=2**53 - 1)]
 Steps = Annotated[int, Field(ge=0, le=10**9)]
+Count = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
 
 def link(envelope: Envelope[Any]) -> str:
@@ -53,6 +54,27 @@ class Charge(Frozen):
     steps: Annotated[int, Field(ge=1, le=10**9)]
 
 
+def gaussian(noise_multiplier: float) -> Charge:
+    """Return one release of a Gaussian mechanism over all records."""
+    return Charge(sampling_rate=1.0, noise_multiplier=noise_multiplier, steps=1)
+
+
+class EvaluationCharge(Frozen):
+    """One release of noised counts, to exactly one of which every record adds one.
+
+    Shifted by an integer, a discrete Gaussian of deviation sigma has the Renyi divergence of the continuous one
+    (Canonne, Kamath and Steinke 2020, theorem 4), so it is charged as that, by Renyi accounting.
+    """
+
+    noise: Positive
+    noise_share: Positive
+
+    @property
+    def charge(self) -> Charge:
+        """The Gaussian mechanism it is charged as, of sensitivity 1."""
+        return gaussian(self.noise)
+
+
 class Policy(SiteLeaf):
     """What a site allows, in its own words; an offer outside it is refused before any data is read."""
 
@@ -73,6 +95,9 @@ class Policy(SiteLeaf):
     max_steps_per_round: Annotated[int, Field(ge=1, le=10_000)]
     max_clip: Positive
     graphs: Annotated[tuple[GraphKind, ...], Field(min_length=1, max_length=len(GraphKind))]
+    schedule: Schedule
+    min_evaluation_noise: Positive | None
+    """Least noise on a released count (standard deviation); None: this site's counts are never released."""
 
 
 class Reservation(SiteLeaf):
@@ -93,6 +118,21 @@ class Reservation(SiteLeaf):
     delta: Delta
     elsewhere: Annotated[tuple[Charge, ...], Field(max_length=1000)] = ()
     """Everything spent on this data set outside this ledger, merged by mechanism."""
+    evaluation: EvaluationCharge | None = None
+    """Counts of test rows that leave in the same vector."""
+
+    @property
+    def charges(self) -> tuple[Charge, ...]:
+        """Everything this reservation charges."""
+        return (self.charge, self.evaluation.charge) if self.evaluation else (self.charge,)
+
+    @property
+    def own_charges(self) -> tuple[Charge, ...]:
+        """The same as it counts if everybody else colludes: the site's own share of the noise alone."""
+        own = [self.charge.model_copy(update={"noise_multiplier": self.noise_share})]
+        if self.evaluation:
+            own.append(gaussian(self.evaluation.noise_share))
+        return tuple(own)
 
 
 class Refusal(SiteLeaf):
@@ -138,6 +178,8 @@ class Close(Body):
     """Signatures of ``fedfuse_shared.messages.Agreement`` over exactly these survivors."""
     model_hash: Hex32 | None
     """Hash of the new global weights."""
+    counts: Annotated[tuple[Count, ...], Field(max_length=limits.MAX_COUNTS)] = ()
+    """The sum of the survivors' noised evaluation counts, of the model the round started from."""
 
 
 LEAF_TYPES: dict[str, type[Body]] = {

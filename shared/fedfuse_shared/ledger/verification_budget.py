@@ -12,9 +12,10 @@ from itertools import chain, groupby, islice
 from typing import Final
 
 from fedfuse_shared.config.base import Trust
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.ledger.records import Charge, Policy, Reservation
 from fedfuse_shared.ledger.verification_report import Code, Findings, SiteReport
-from fedfuse_shared.privacy.accountant import epsilon, epsilon_enforced, epsilon_rdp
+from fedfuse_shared.privacy.accountant import epsilon_enforced, epsilon_rdp
 from fedfuse_shared.privacy.mechanisms import Steps, charges_of, merge, steps_by_mechanism
 
 ROUNDING: Final = 1e-6
@@ -26,12 +27,14 @@ class _Spending:
     """One reservation, and what was allowed when it was written."""
 
     leaf: int
-    charge: Charge
+    charges: tuple[Charge, ...]
     elsewhere: tuple[Charge, ...]
     cap: float | None
     delta: float
     unprotected: bool
     """Trained without a guarantee (trust = none)."""
+    schedule: Schedule
+    """What the policy said then; ``free`` where there was none, which counts no less."""
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Budget:
         if body.trust is Trust.AGGREGATE:
             known = body.colluders if self.colluders is None else self.colluders
             self.trust, self.colluders = Trust.AGGREGATE, min(known, body.colluders)
-        self.alone[body.charge.sampling_rate, body.noise_share] += body.charge.steps
+        self.alone += steps_by_mechanism(body.own_charges)
         before = self.spendings[-1] if self.spendings else None
         # As this reservation reports it: keeping the union with every one would take the square of the ledger.
         spent_elsewhere = charges_of(elsewhere)
@@ -71,13 +74,14 @@ class Budget:
         self.spendings.append(
             _Spending(
                 leaf=leaf,
-                charge=before.charge if before and before.charge == body.charge else body.charge,
+                charges=before.charges if before and before.charges == body.charges else body.charges,
                 elsewhere=before.elsewhere
                 if before and before.elsewhere == spent_elsewhere
                 else spent_elsewhere,
                 cap=policy.epsilon_cap if policy else None,
                 delta=policy.delta if policy else body.delta,
                 unprotected=body.trust is Trust.NONE,
+                schedule=policy.schedule if policy else Schedule.FREE,
             )
         )
 
@@ -88,42 +92,64 @@ class Budget:
         all; only where it is over the cap the first one that was is searched, by bisection.
         """
         start = 0
-        for (cap, delta, unprotected), stretch in groupby(
-            self.spendings, key=lambda spending: (spending.cap, spending.delta, spending.unprotected)
+        for (cap, delta, unprotected, schedule), stretch in groupby(
+            self.spendings, key=lambda each: (each.cap, each.delta, each.unprotected, each.schedule)
         ):
             end = start + len(list(stretch))
             if unprotected:
                 # Whether the site's policy allowed it is checked with the offer; no cap is claimed to hold here.
                 start = end
                 continue
-            spent = epsilon_enforced(self._prefix(end), delta)
+            self._check_schedule(start, end, schedule, findings)
+            spent = epsilon_enforced(self._prefix(end), delta, schedule)
             if cap is not None and over(spent, cap):
                 low, high = start, end - 1
                 while low < high:
                     middle = (low + high) // 2
-                    too_much = over(epsilon_enforced(self._prefix(middle + 1), delta), cap)
+                    too_much = over(epsilon_enforced(self._prefix(middle + 1), delta, schedule), cap)
                     low, high = (low, middle) if too_much else (middle + 1, high)
+                here = epsilon_enforced(self._prefix(low + 1), delta, schedule)
                 detail = (
                     f"brings epsilon on data set {self.dataset[:8]}… over the site's cap of {cap:g}: "
-                    f"{_shown(epsilon_enforced(self._prefix(low + 1), delta))} here, {_shown(spent)} by leaf "
+                    f"{_shown(here)} here, {_shown(spent)} by leaf "
                     f"{self.spendings[end - 1].leaf} (delta {delta:g})"
                 )
                 findings.add(Code.OVER_CAP, self.spendings[low].leaf, self.site, detail)
             start = end
+
+    def _check_schedule(self, start: int, end: int, schedule: Schedule, findings: Findings) -> None:
+        """Find the first reservation of a stretch that changed a mechanism its policy had fixed."""
+        if schedule is Schedule.FREE or len(steps_by_mechanism(self._prefix(end))) <= 1:
+            return
+        seen = set(steps_by_mechanism(self._prefix(start))) if start else set()
+        for place in range(start, end):
+            spending = self.spendings[place]
+            seen |= steps_by_mechanism((*spending.charges, *spending.elsewhere)).keys()
+            if len(seen) > 1:
+                detail = (
+                    f"charges data set {self.dataset[:8]}… for a second mechanism, and the site's schedule is fixed: "
+                    "caps are compared with Renyi accounting from here on"
+                )
+                findings.add(Code.SCHEDULE, spending.leaf, self.site, detail)
+                return
 
     def report(self, policy: Policy | None) -> SiteReport:
         """Return what was spent by the end of the ledger."""
         last = self.spendings[-1]
         delta = policy.delta if policy else last.delta
         charges = self._prefix(len(self.spendings))
+        schedule = policy.schedule if policy else last.schedule
         return SiteReport(
             site=self.site,
             dataset=self.dataset,
             trust=self.trust,
             colluders=self.colluders,
-            epsilon=_finite(epsilon(charges, delta)),
+            epsilon=_finite(epsilon_enforced(charges, delta, schedule)),
+            schedule=schedule,
             epsilon_rdp=_finite(epsilon_rdp(charges, delta)),
-            epsilon_all_collude=_finite(epsilon([*charges_of(self.alone), *last.elsewhere], delta)),
+            epsilon_all_collude=_finite(
+                epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, schedule)
+            ),
             delta=delta,
             cap=policy.epsilon_cap if policy else None,
             adjacency="add-or-remove-one-record",
@@ -135,7 +161,7 @@ class Budget:
 
     def _prefix(self, count: int) -> tuple[Charge, ...]:
         """Return all charges of the first reservations, and what was spent elsewhere by then."""
-        here = (spending.charge for spending in islice(self.spendings, count))
+        here = chain.from_iterable(spending.charges for spending in islice(self.spendings, count))
         return merge(chain(here, self.spendings[count - 1].elsewhere))
 
 
@@ -147,6 +173,7 @@ def idle(site: str, policy: Policy | None) -> SiteReport:
         trust=None,
         colluders=None,
         epsilon=0.0,
+        schedule=policy.schedule if policy else None,
         epsilon_rdp=0.0,
         epsilon_all_collude=0.0,
         delta=policy.delta if policy else None,

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Final
 
 from fedfuse_shared.config.base import Frozen, Trust
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.offer import Adjacency
 
 MAX_FINDINGS: Final = 1000
@@ -50,6 +51,7 @@ class Code(StrEnum):
     VECTOR = "vector"
     AGREEMENTS = "agreements"
     OVER_CAP = "over-cap"
+    SCHEDULE = "schedule"
     LEFT_OUT = "left-out"
 
 
@@ -96,6 +98,7 @@ ADVICE: Final[dict[Code, str]] = {
     Code.VECTOR: "do not use the model: the server summed something else than the site sent",
     Code.AGREEMENTS: "count this round as open to the server: too few sites agreed to open it",
     Code.OVER_CAP: "stop training on this data set; the spent privacy cannot be taken back",
+    Code.SCHEDULE: "ask the site's operator: the tighter bound of a fixed schedule no longer holds",
     Code.LEFT_OUT: "repair the first ones and audit again",
 }
 """What a reader can do about each finding."""
@@ -123,9 +126,12 @@ class SiteReport(Frozen):
     colluders: int | None
     """Colluding sites, besides the server, that ``epsilon`` withstands; None: any number of them."""
     epsilon: float | None
-    """Spent, privacy-loss-distribution upper bound; None: unbounded."""
+    """Spent, by the bound the cap is compared with: of the privacy loss distribution while the schedule is fixed, of
+    Renyi accounting where it is free; None: unbounded."""
+    schedule: Schedule | None
+    """What the site's latest policy says of its mechanisms; None without a policy."""
     epsilon_rdp: float | None
-    """The same by Renyi accounting: what the cap is compared with as soon as ``mechanisms`` is more than 1."""
+    """The same by Renyi accounting, never below."""
     epsilon_all_collude: float | None
     """Spent if everybody else colludes with the server: the site's own noise alone; None: unbounded."""
     delta: float | None

@@ -21,7 +21,7 @@ from fedfuse_shared.errors import ConfigError, VerificationError
 from fedfuse_shared.ledger.records import Close, Outcome, Policy, Receipt, Refusal, Reservation
 from fedfuse_shared.ledger.verification_report import Code, Findings
 from fedfuse_shared.messages import Agreement
-from fedfuse_shared.offer import Offer, RoundPrivacy
+from fedfuse_shared.offer import Evaluation, Offer, RoundPrivacy
 from fedfuse_shared.roster import Roster
 from fedfuse_shared.secagg import transcript
 from fedfuse_shared.secagg.bounds import Bounds
@@ -44,6 +44,9 @@ class Attempt:
     colluders: int
     min_survivors: int
     privacy: RoundPrivacy
+    evaluation: Evaluation | None
+    """What this attempt evaluates; None where it does not."""
+    counts: int
     reserved: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Data set and steps of each site's reservation."""
     receipts: dict[str, str] = field(default_factory=dict)
@@ -107,6 +110,8 @@ class Rounds:
             colluders=offer.colluders,
             min_survivors=offer.min_survivors,
             privacy=self._shared.setdefault(offer.privacy, offer.privacy),  # type: ignore[arg-type]
+            evaluation=self._shared.setdefault(offer.evaluation, offer.evaluation) if offer.counts else None,  # type: ignore[arg-type]
+            counts=offer.counts,
         )
 
     def _objections(self, offer: Offer) -> Iterator[tuple[Code, str]]:
@@ -212,6 +217,9 @@ class Rounds:
             self._findings.add(Code.CLOSE_MALFORMED, leaf, None, problem)
         if body.outcome is Outcome.ABORTED:
             return []
+        if len(body.counts) != attempt.counts:
+            detail = f"opens {len(body.counts)} evaluation counts, the offer asked for {attempt.counts}"
+            self._findings.add(Code.CLOSE_MALFORMED, leaf, None, detail)
         self._check_survivors(leaf, body, attempt)
         self._check_agreements(leaf, body, attempt)
         if body.model_hash is not None:
@@ -275,9 +283,10 @@ def _name(offer: Offer) -> str:
 
 def _noise(offer: Offer) -> str | None:
     """Return why the shares do not add up to the noise that is accounted (design page 3, step 2), if so."""
-    asked = offer.privacy
+    asked, counted = offer.privacy, offer.evaluation
     if asked.trust is not Trust.AGGREGATE:
-        if asked.noise_share == asked.noise_multiplier and asked.noise_sites == 1:
+        whole = counted is None or counted.noise_share == counted.noise
+        if whole and asked.noise_share == asked.noise_multiplier and asked.noise_sites == 1:
             return None
         return f"lets sites add less noise than is accounted, with trust = {asked.trust.value}"
     honest = offer.min_survivors - offer.colluders
@@ -292,7 +301,7 @@ def _noise(offer: Offer) -> str | None:
 
 def _differing(body: Reservation, attempt: Attempt) -> list[str]:
     asked = attempt.privacy
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "sampling rate": (body.charge.sampling_rate, asked.sampling_rate),
         "noise multiplier": (body.charge.noise_multiplier, asked.noise_multiplier),
         "steps": (body.charge.steps, asked.steps),
@@ -304,6 +313,11 @@ def _differing(body: Reservation, attempt: Attempt) -> list[str]:
         "trust": (body.trust.value, asked.trust.value),
         "adjacency": (body.adjacency, asked.adjacency),
     }
+    evaluation = attempt.evaluation
+    pairs["noise on counts"] = (
+        (body.evaluation.noise, body.evaluation.noise_share) if body.evaluation else None,
+        (evaluation.noise, evaluation.noise_share) if evaluation else None,
+    )
     return [f"{name} {mine} for {theirs}" for name, (mine, theirs) in pairs.items() if mine != theirs]
 
 
@@ -312,6 +326,8 @@ def _outside(body: Reservation, attempt: Attempt | None, policy: Policy) -> Iter
         yield f"delta {body.delta:g} for {policy.delta:g}"
     if body.trust not in policy.trust:
         yield f"trust {body.trust.value}"
+    if body.evaluation is not None and policy.min_evaluation_noise is None:
+        yield "evaluation"
     if attempt is not None and attempt.graph not in policy.graphs:
         yield f"a {attempt.graph.value} graph"
     ceilings: dict[str, tuple[float, float]] = {
@@ -322,6 +338,8 @@ def _outside(body: Reservation, attempt: Attempt | None, policy: Policy) -> Iter
     floors: dict[str, tuple[float, float]] = {
         "noise multiplier": (body.charge.noise_multiplier, policy.min_noise_multiplier)
     }
+    if body.evaluation is not None and policy.min_evaluation_noise is not None:
+        floors["noise on counts"] = (body.evaluation.noise, policy.min_evaluation_noise)
     if attempt is not None:
         floors |= {
             "participants": (len(attempt.participants), policy.min_participants),
@@ -338,8 +356,8 @@ def _outside(body: Reservation, attempt: Attempt | None, policy: Policy) -> Iter
 def _malformed(body: Close) -> str | None:
     """Return how a close contradicts its own outcome, if it does."""
     if body.outcome is Outcome.ABORTED:
-        if body.survivors or body.agreements or body.model_hash is not None:
-            return "close of an aborted attempt names survivors, agreements or a model"
+        if body.survivors or body.agreements or body.counts or body.model_hash is not None:
+            return "close of an aborted attempt names survivors, agreements, counts or a model"
         return None if body.reason else "close of an aborted attempt gives no reason"
     if None in {body.keys_hash, body.dealings_hash, body.model_hash}:
         return "close of an opened attempt lacks the hash of keys, dealings or the new model"

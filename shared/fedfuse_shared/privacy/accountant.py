@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.ledger.records import Charge
 from fedfuse_shared.privacy.mechanisms import Steps, charges_of, merge, steps_by_mechanism
@@ -61,19 +62,21 @@ def epsilon_rdp(charges: Iterable[Charge], delta: float) -> float:
     return _rdp(_bounded(merge(charges)), _checked(delta))
 
 
-def epsilon_enforced(charges: Iterable[Charge], delta: float) -> float:
-    """Return the number that caps are compared with.
+def epsilon_enforced(charges: Iterable[Charge], delta: float, schedule: Schedule) -> float:
+    """Return the number that caps are compared with, under the schedule a site fixed before its first charge.
 
-    As long as everything is one mechanism, only its number of steps is left to choose, and the privacy loss
-    distribution bounds that. Where mechanisms differ, they may have been chosen after seeing results, and it is no
-    filter: then the Renyi bound counts, which is one (Lecuyer 2021, "Practical privacy filters and odometers with
-    Renyi differential privacy", section 4).
+    With one mechanism for good only the number of its steps is left to choose, and the privacy loss distribution
+    bounds that. Where mechanisms may be chosen after seeing results it is no filter; the Renyi bound is one (Lecuyer
+    2021, "Practical privacy filters and odometers with Renyi differential privacy", section 4). Choosing between the
+    two on the way would be neither, so the policy chooses beforehand; several mechanisms under a fixed schedule,
+    which no site charges, count by Renyi.
 
     Raises:
         ConfigError: delta does not lie between 0 and 1.
     """
     merged = merge(charges)
-    return (epsilon if len(steps_by_mechanism(merged)) <= 1 else epsilon_rdp)(merged, delta)
+    one = len(steps_by_mechanism(merged)) <= 1
+    return (epsilon if one and schedule is Schedule.FIXED else epsilon_rdp)(merged, delta)
 
 
 def _checked(delta: float) -> float:

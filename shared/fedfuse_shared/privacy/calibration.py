@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -52,6 +52,42 @@ def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: i
     sigma = _search(target, delta, sampling_rate, steps)
     _remember(sigma, target, delta, sampling_rate, steps)
     return sigma
+
+
+def noise_beside(
+    beside: Sequence[Charge], target: float, delta: float, sampling_rate: float, steps: int
+) -> float:
+    """Return the smallest noise multiplier, to five digits, with which a schedule and other charges cost ``target``.
+
+    By Renyi accounting, which is what counts where a data set is charged for several mechanisms.
+
+    Args:
+        beside: What else is charged to the same data set.
+        target: Epsilon for everything together.
+        delta: The delta it is meant at.
+        sampling_rate: Poisson sampling rate q of every step; 1 for a release over all records.
+        steps: Steps, or releases.
+
+    Raises:
+        ConfigError: the target is no positive number, or no reasonable noise reaches it.
+    """
+    if not (target > 0 and math.isfinite(target)):
+        raise ConfigError(f"epsilon {target} is not a positive number", advice="1 to 10 is usual")
+
+    def ratio(sigma: float) -> float:
+        return epsilon_rdp([*beside, *_schedule(sigma, sampling_rate, steps)], delta) / target
+
+    if ratio(_LARGEST) > 1:
+        raise ConfigError(
+            f"no noise multiplier up to {_LARGEST:g} keeps {steps} steps and what is charged beside them within "
+            f"epsilon {target:g} at delta {delta:g}",
+            advice="plan fewer rounds, a smaller evaluation.share or a lower sampling rate, or allow more",
+        )
+    low, high = _SMALLEST, _LARGEST
+    while high > 1.02 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if ratio(middle) <= 1 else (middle, high)
+    return _narrow(ratio, high)
 
 
 def _schedule(sigma: float, sampling_rate: float, steps: int) -> list[Charge]:

@@ -26,19 +26,25 @@ def tail_modalities(layout: Sequence[Segment]) -> tuple[Modality, ...]:
 
 
 def vector_length(offer: Offer) -> int:
-    """Return the number of ring words of one masked vector: the update and its tail."""
-    return offer.dimension() + len(tail_modalities(offer.layout))
+    """Return the number of ring words of one masked vector: the update, its tail, and this round's counts."""
+    return offer.dimension() + len(tail_modalities(offer.layout)) + offer.counts
 
 
-def quantise(update: NDArray[np.float32], declared: frozenset[Modality], offer: Offer) -> Words:
-    """Return an update of shape ``(d,)`` as words of shape ``(d + tail,)``; their low ``ring_bits`` bits count.
+def quantise(
+    update: NDArray[np.float32],
+    declared: frozenset[Modality],
+    offer: Offer,
+    counts: NDArray[np.int64] | None = None,
+) -> Words:
+    """Return an update of shape ``(d,)`` as words ``(d + tail + counts,)``, of which the low ``ring_bits`` bits count.
 
     Each coordinate is clamped to plus or minus ``clip_range`` and rounded to the nearest of ``scale`` steps per
     unit. The tail says 1 for each modality the site *statically declares* and 0 otherwise; nothing in it comes from
-    records. Non-finite coordinates count as zero: after the batch is drawn nothing may refuse.
+    records. Non-finite coordinates count as zero: after the batch is drawn nothing may refuse. ``counts``, shape
+    ``(offer.counts,)``, are noised already (``fedfuse_shared.evaluation``).
 
     Raises:
-        ProtocolError: the update has another length than the offer's layout.
+        ProtocolError: the update has another length than the offer's layout, or counts are missing.
     """
     dimension = offer.dimension()
     if update.shape != (dimension,):
@@ -56,7 +62,12 @@ def quantise(update: NDArray[np.float32], declared: frozenset[Modality], offer: 
         np.clip(grid, -limit, limit, out=grid)
         np.rint(grid, out=grid)
         np.copyto(signed[start : start + len(part)], grid, casting="unsafe")
-    words[dimension:] = [modality in declared for modality in tail_modalities(offer.layout)]
+    tail = [modality in declared for modality in tail_modalities(offer.layout)]
+    words[dimension : dimension + len(tail)] = tail
+    if offer.counts:
+        if counts is None or counts.shape != (offer.counts,):
+            raise ProtocolError(f"no {offer.counts} counts for a round that evaluates")
+        words[dimension + len(tail) :] = (counts & 0xFFFFFFFF).astype(np.uint32)
     return words
 
 
@@ -69,7 +80,7 @@ def average(total: Words, offer: Offer, survivors: int) -> tuple[NDArray[np.floa
     dimension = offer.dimension()
     modalities = tail_modalities(offer.layout)
     spare = np.uint32(32 - offer.ring_bits)
-    tail = total[dimension:] << spare >> spare
+    tail = total[dimension : dimension + len(modalities)] << spare >> spare
     counts = {modality: int(word) for modality, word in zip(modalities, tail, strict=True)}
     counts = {modality: count if count <= survivors else 0 for modality, count in counts.items()}
     mean = np.zeros(dimension, dtype=np.float32)

@@ -112,6 +112,7 @@ def render(home: RunHome, metrics: Metrics, audit: Report) -> str:
             metrics=metrics,
             final=final,
             points=points,
+            evaluated=metrics.evaluated(),
             baseline=_most_frequent(final),
             classes=config.model.classes,
             matrix=len(config.model.classes) <= MATRIX,

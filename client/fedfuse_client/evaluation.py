@@ -1,0 +1,56 @@
+"""What a site counts of its own test rows: exactly one count per row, clamped, and noised before it leaves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fedfuse_shared.config.evaluation import Detail
+from fedfuse_shared.evaluation import Counts, most_counted
+from fedfuse_shared.privacy.integer_noise import IntegerGaussian
+from fedfuse_shared.privacy.noise import NoiseSource
+
+if TYPE_CHECKING:
+    from fedfuse_client.data.tensors import RecordTensors
+    from fedfuse_shared.models.classifier import MultimodalClassifier
+    from fedfuse_shared.offer import Offer
+
+
+def count(model: MultimodalClassifier, data: RecordTensors, offer: Offer, batch: int) -> Counts:
+    """Return how many rows fall into each count of an offer, shape ``(offer.counts,)``; this is secret.
+
+    A row that cannot be used is in none. Batches have one shape, filled up with rows that do not count, so what is
+    predicted for a row does not depend on how many others there are.
+    """
+    classes = len(offer.model.classes)
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    rows = data.usable(range(len(data)))
+    with torch.no_grad():
+        for start in range(0, len(rows), batch):
+            chosen = rows[start : start + batch]
+            shown = data.batch([*chosen, *([chosen[0]] * (batch - len(chosen)))])
+            logits = model(shown["text"], shown["image"], shown["audio"], shown["present"])
+            pairs = shown["label"] * classes + logits.argmax(dim=1)
+            matrix += torch.bincount(pairs[: len(chosen)], minlength=classes**2).view(classes, classes)
+    if offer.evaluation is not None and offer.evaluation.detail is Detail.ACCURACY:
+        right = int(matrix.diagonal().sum())
+        return np.array([int(matrix.sum()) - right, right], dtype=np.int64)
+    return matrix.flatten().numpy()
+
+
+def noised(counts: Counts, offer: Offer) -> Counts:
+    """Return counts clamped to what the ring holds, plus this site's integer noise on each.
+
+    Formal guarantee: a row adds one to one count, and clamping moves no two counts further apart, so the sum has L2
+    sensitivity 1 to adding or removing a row.
+
+    Raises:
+        ConfigError: the offer evaluates nothing.
+    """
+    most = most_counted(offer)
+    assert offer.evaluation is not None
+    noise = IntegerGaussian(offer.evaluation.noise_share).draw(NoiseSource.fresh(), len(counts))
+    clamped: Counts = np.clip(counts, 0, most)
+    return clamped + noise
