@@ -1,8 +1,8 @@
 """Noise shared under secure aggregation: sensitivity on the grid, shares of noise, and the price in delta.
 
-Each site sums its drawn records' clipped gradients in float64, clamps the sum's coordinates, rounds them once to the
-grid of ``1 / scale``, and adds a discrete Gaussian share of noise in steps of that grid. Any ``honest`` shares together
-carry at least the noise that is charged. The proof, step by step: docs/privacy-aggregate.md.
+Each site sums its drawn records' clipped gradients in float64, clamps the sum's coordinates, rounds them once to
+the grid of ``1 / scale``, and adds a discrete Gaussian share of noise in steps of that grid. Any ``honest`` shares
+together carry at least the noise that is charged. The proof, step by step: docs/privacy-aggregate.md.
 
 All functions are pure and take public constants. Results are rounded to the side that costs privacy nothing.
 """
@@ -30,10 +30,10 @@ _UNIT: Final = 2.0**-53  # largest relative error of one float64 addition
 def sensitivity(clip: float, scale: float, dimension: int, records: int = MAX_RECORDS) -> float:
     """Return C': by how much, in L2, one record moves the rounded sum, in the unit of the clip norm.
 
-    It is the clip norm, plus one grid step per coordinate (two values are rounded by half a step each), plus what two
-    float64 sums lose: any order of n - 1 additions errs by at most g * sum |x_i| with g = (n - 1) u / (1 - (n - 1) u),
-    u = 2**-53 (Higham 2002, "Accuracy and stability of numerical algorithms", section 4.2), so a sum of n vectors of
-    norm at most C errs by at most g n C.
+    It is the clip norm, plus one grid step per coordinate (two values are rounded by half a step each), plus what
+    two float64 sums lose: n - 1 additions in any order err by at most g * sum |x_i| with u = 2**-53 and
+    g = (n - 1) u / (1 - (n - 1) u) (Higham 2002, "Accuracy and stability of numerical algorithms", section 4.2),
+    so a sum of n vectors of norm at most C errs by at most g n C.
 
     Args:
         clip: Clip norm C: no record's float64 vector has a larger L2 norm.
@@ -84,7 +84,7 @@ def share_deviation(sigma: float, honest: int, clip: float, scale: float, dimens
         ConfigError: a constant outside its range. Whether v can be drawn is for ``IntegerGaussian`` to say.
     """
     whole = sigma * sensitivity(clip, scale, dimension) * scale
-    return share(math.hypot(whole, SMOOTH), honest) * _UP
+    return share(math.hypot(whole, SMOOTH), honest) * _UP**4  # of which charged_sigma takes back less
 
 
 def charged_sigma(deviation: float, honest: int, clip: float, scale: float, dimension: int) -> float:
@@ -175,7 +175,7 @@ def _check(*, clip: float, scale: float, dimension: int) -> None:
             f"no sensitivity for clip norm {clip:g} and {dimension} coordinates",
             advice="the clip norm must be positive and finite",
         )
-    if not (math.isfinite(scale) and scale > 0 and math.frexp(scale)[0] == 0.5):  # noqa: RUF069 - exact by design
+    if not (math.isfinite(scale) and scale > 0 and math.frexp(scale)[0] == 0.5):
         raise ConfigError(
             f"{scale:g} steps per unit are no power of two, so scaling would round once more",
             advice="use aggregate.least_scale or a multiple of it by a power of two",
