@@ -68,6 +68,12 @@ class NoiseSource:
         draws = self._generator.integers(0, 2**64, size=n, dtype=np.uint64)
         return draws < np.uint64(math.floor(q * 2**64))
 
+    def words(self, size: int) -> NDArray[np.uint64]:
+        """Return ``size`` independent uniform 64-bit words, shape ``(size,)``; the caller may write over them."""
+        self._check_process()
+        words: NDArray[np.uint64] = self._bits.random_raw(size)
+        return words
+
     def private_sum(
         self, total: NDArray[np.float64], *, clip: float, multiplier: float
     ) -> NDArray[np.float64]:
