@@ -36,7 +36,7 @@ def quantise(
     offer: Offer,
     counts: NDArray[np.int64] | None = None,
 ) -> Words:
-    """Return an update of shape ``(d,)`` as words ``(d + tail + counts,)``, of which the low ``ring_bits`` bits count.
+    """Return an update of shape ``(d,)`` as words ``(d + tail + counts,)``; their low ``ring_bits`` bits count.
 
     Each coordinate is clamped to plus or minus ``clip_range`` and rounded to the nearest of ``scale`` steps per
     unit. The tail says 1 for each modality the site *statically declares* and 0 otherwise; nothing in it comes from
