@@ -291,8 +291,8 @@ class SiteSession:
         expected = self._agreement(self._state.survivors_roll)
         signers = set()
         for envelope in self._from_server(raw, Unmasking).agreements:
-            # Survivors alone vouch for what may be opened: with others' signatures a lying server could open a sum over
-            # sites that were shown a smaller U2 than everybody else (2t > n + c bounds survivors who signed).
+            # Survivors alone vouch for what may be opened: with others' signatures a lying server could open a sum
+            # over sites that were shown a smaller U2 than everybody else (2t > n + c bounds survivors who signed).
             signer = self._check_peer(envelope, self._state.agreed)
             if envelope.body != expected:
                 raise ProtocolError("agreed to something else than this site", who=signer)
