@@ -35,6 +35,8 @@ _SAYABLE = (PolicyError, BudgetError, ProtocolError, VerificationError)
 LEAVES_PER_ANSWER = 1000
 """Leaves of the chain handed over at once; the server asks again while there are more."""
 _MAX_REASON = 400
+_CLOCK_STEP = 300
+"""How far a clock may be put back while an attempt goes on (seconds): time servers correct by less."""
 _LENGTH = 8
 """Bytes that say how long a stored reply's message is; the vector follows it."""
 
@@ -136,6 +138,7 @@ class Site:
         self._publish_policy()
         try:
             check_offer(self._policy, offer)
+            self._check_enrolled(offer)
             self._learner.check_classes(offer)
             self._chain.check_budget(self._policy, offer, self._learner.dataset(self._store))
         except (PolicyError, BudgetError) as problem:
@@ -149,6 +152,16 @@ class Site:
         # An offer says how long, this site's own clock says when.
         self._save(Step.KEYS, envelope, session, _join(reply), expires=self._clock() + offer.lifetime)
         return reply
+
+    def _check_enrolled(self, offer: Offer) -> None:
+        """Refuse participants that are on no roster: they would count towards the policy's floors and never come."""
+        strangers = sorted(set(offer.participants) - self._me.roster.sites.keys())
+        if strangers:
+            raise PolicyError(
+                f"offer of round {offer.round} names {len(strangers)} sites that are not enrolled, as {strangers[0]}",
+                who=f"site {self._policy.site}",
+                advice="report it: the roster this site pins does not list them",
+            )
 
     def _refuse(self, context: str, reason: str) -> None:
         if self._chain.find(Refusal, context) is None:
@@ -195,7 +208,8 @@ class Site:
 
     def _erase_expired(self) -> None:
         """Erase the secrets of attempts whose deadline has passed, before anything else is done."""
-        for context in self._store.erase_expired(self._clock()):
+        longest = self._policy.max_lifetime + _CLOCK_STEP
+        for context in self._store.erase_expired(self._clock(), longest=longest):
             log.warning(
                 "%s: attempt %s was not finished in time; its secrets are erased",
                 self._policy.site,

@@ -189,12 +189,13 @@ class SiteStore:
             )
             self._database.scrub()
 
-    def erase_expired(self, now: float) -> list[Hex32]:
+    def erase_expired(self, now: float, *, longest: float = limits.MAX_ROUND_SECONDS) -> list[Hex32]:
         """Erase what is stored for attempts whose deadline has passed, and return their contexts.
 
         Args:
-            now: Seconds since 1970. Of a clock that was set back by days no deadline would ever be reached: one that
-                lies further ahead than any attempt may last has passed too.
+            now: Seconds since 1970.
+            longest: Longest time an attempt may last (seconds). Of a clock that was set back by days no deadline
+                would ever be reached: one that lies further ahead than this has passed too.
         """
         late = [
             context
@@ -202,7 +203,7 @@ class SiteStore:
                 "SELECT context FROM session WHERE (expires <= ? OR expires > ?) "
                 "AND (state IS NOT NULL OR context IN (SELECT context FROM reply))",
                 now,
-                now + limits.MAX_ROUND_SECONDS,
+                now + longest,
             )
         ]
         for context in late:

@@ -83,8 +83,15 @@ PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
 """
 
-_MIGRATIONS: Final = {1: "ALTER TABLE session ADD COLUMN expires REAL"}
-"""What makes a store of one version one of the next; an attempt begun under version 1 has no deadline."""
+_MIGRATIONS: Final = {
+    1: (
+        "ALTER TABLE session ADD COLUMN expires REAL",
+        "DELETE FROM reply",
+        "UPDATE session SET phase = NULL, state = NULL, checksum = NULL",
+    )
+}
+"""What makes a store of one version one of the next. An attempt begun under version 1 has no deadline and its offer
+cannot be read any more: it is over, and its secrets are overwritten."""
 
 
 class Database:
@@ -266,7 +273,8 @@ class Database:
         """Bring an older store to this version, each step whole or not at all."""
         while (version := self.rows("PRAGMA user_version")[0][0]) in _MIGRATIONS:
             with self.transaction():
-                self.rows(_MIGRATIONS[version])
+                for statement in _MIGRATIONS[version]:
+                    self.rows(statement)
                 self.rows(f"PRAGMA user_version = {version + 1}")
 
     def _check_leaves(self) -> None:

@@ -35,6 +35,9 @@ from fedfuse_shared.secagg.server import ServerSession
 MAX_ATTEMPTS = 3
 """Attempts at one round before the run stops; every attempt is charged to the sites that trained in it."""
 
+MAX_PAGES = 100
+"""Most pages of leaves collected from a site at once: a hostile one could write on for ever; the rest comes later."""
+
 
 class Coordinator:
     """The server of one run."""
@@ -121,7 +124,9 @@ class Coordinator:
     def _settle(self) -> None:
         """Collect leaves whose reply was lost, page by page, so that no charge is missing in the log."""
         names = {node: site for site, node in self._nodes.items()}
-        while names:
+        for _ in range(MAX_PAGES):
+            if not names:
+                break
             asked = {node: Parcel(known=self._books.head(site)[0]) for node, site in names.items()}
             for node, answer in self._exchange.ask(Step.SETTLE, asked, "settle").items():
                 site = names[node]

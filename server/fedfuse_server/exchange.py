@@ -14,6 +14,9 @@ from fedfuse_shared.parcel import Parcel, pack, unpack
 
 log = logging.getLogger(__name__)
 
+_MAX_REASON = 400
+"""Longest reason of a failure that is passed on (characters)."""
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -48,7 +51,8 @@ class Exchange:
             if node not in answers:
                 log.warning("a reply from node %s, which was not asked, is ignored", node)
             elif reply.has_error():
-                answers[node] = ProtocolError(f"failed: {reply.error.reason}", who=f"node {node}")
+                said = "".join(c if c.isprintable() else "?" for c in str(reply.error.reason)[:_MAX_REASON])
+                answers[node] = ProtocolError(f"failed: {said}", who=f"node {node}")
             else:
                 try:
                     answers[node] = unpack(reply.content, who=f"node {node}")

@@ -88,7 +88,9 @@ def unpack(records: RecordDict, *, who: str) -> Parcel:
         checked.append(leaf)
     if sum(map(len, checked)) > _MAX_LEAVES_BYTES:
         raise ProtocolError("sent more leaves than a message may hold", who=who)
-    return Parcel(context, body, tuple(checked), known, _vector(records, who), problem)
+    # It is shown and logged: what a peer sends must not steer a reader's terminal.
+    shown = "".join(char if char.isprintable() else "?" for char in problem)
+    return Parcel(context, body, tuple(checked), known, _vector(records, who), shown)
 
 
 def _vector(records: RecordDict, who: str) -> bytes:

@@ -150,14 +150,18 @@ def _progress(console: Console, rounds: int) -> Iterator[Callable[[Event, Scores
                     bar.console.print(
                         f"round {event.round}: {event.site} left out of {event.step}: {event.reason}",
                         style="yellow",
+                        markup=False,  # a site's own words
                     )
                 case RoundAbandoned():
                     bar.console.print(
                         f"round {event.round}, attempt {event.attempt}: aborted: {event.reason}",
                         style="yellow",
+                        markup=False,
                     )
                 case RunStopped():
-                    bar.console.print(f"stopped after round {event.round}: {event.reason}", style="bold red")
+                    bar.console.print(
+                        f"stopped after round {event.round}: {event.reason}", style="bold red", markup=False
+                    )
                 case _:
                     pass
 

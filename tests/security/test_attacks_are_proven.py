@@ -59,6 +59,13 @@ ENROLLED = [
     )
 ]
 SAME = gone(SITE, "if envelope.body != expected:")
+VOUCHING = [
+    Weakening(
+        SITE,
+        "self._check_peer(envelope, self._state.agreed)",
+        "self._check_peer(envelope, self._state.received)",
+    )
+]
 DEALING = [
     *gone(
         SERVER, "if note.author != site or note.kind != ShareNote.kind or note.body.context != self._context:"
@@ -212,7 +219,7 @@ PROOFS = {
         + gone(SITE, "if not survivors <= set(self._members(self._state.dealings_roll)):")
         + gone(SITE, "if vectors.keys() != self._state.received.keys() & survivors:"),
     ),
-    "test_split_survivor_views_do_not_unmask": ({}, SAME),
+    "test_split_survivor_views_do_not_unmask": ({}, SAME + VOUCHING),
     "test_a_site_that_sent_a_vector_is_told_it_did_not": ({}, OWN_VECTOR),
     "test_a_site_is_told_another_hash_of_its_vector": ({}, OWN_VECTOR),
     "test_a_site_that_sent_nothing_is_told_it_did": ({}, OWN_VECTOR),

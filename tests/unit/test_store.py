@@ -564,6 +564,6 @@ def test_a_store_of_the_version_before_is_brought_up_to_date(path: Path) -> None
         old.execute("PRAGMA user_version = 1")
         old.commit()
     with SiteStore.open(path) as store:
-        assert store.load_state("1" * 64) == ("keys", b"secret")
+        assert store.is_finished("1" * 64)
         store.save_step("2" * 64, "keys", b"", b"", expires=5.0)
         assert store.erase_expired(6.0) == ["2" * 64]

@@ -72,6 +72,9 @@ class ServerSession:
         self._context = offer.context()
         self._phase = ServerPhase.KEYS
         self._probe = random_bytes(32)
+        self._proof = max(2, min(offer.threshold, offer.colluders + 1))
+        """Sites whose word proves that a dealer sealed garbage: not all of them lie, as c may and any one may. On a
+        sparse graph no site has t corrupt neighbours."""
         self._points = {name: place for place, name in enumerate(offer.participants, start=1)}
         self._keys: dict[str, Envelope[RoundKeys]] = {}
         self._public: set[str] = set()
@@ -337,6 +340,12 @@ class ServerSession:
                 shares[self._points[holder]] = bytes.fromhex(share)
         if len(shares) < self._offer.threshold:
             against = sorted(name for name, reveal in self._reveals.items() if dealer in reveal.bad_dealers)
+            if len(against) >= self._proof:
+                raise WrongDealer(
+                    f"sealed garbage to {', '.join(against)}",
+                    who=dealer,
+                    advice="the next attempt goes without it",
+                )
             # Nobody is accused: either the dealer sealed garbage or these sites say so of an honest one.
             raise RoundAborted(
                 f"only {len(shares)} of {self._offer.threshold} shares of a {kind} secret were revealed; "

@@ -281,7 +281,7 @@ class SiteSession:
 
     # --- 5. unmask ------------------------------------------------------------------------------------------
     def reveal(self, raw: bytes) -> bytes:
-        """Check that t sites signed the same survivors and return the shares that open their sum.
+        """Check that t survivors signed the same survivors and return the shares that open their sum.
 
         Raises:
             ProtocolError: fewer than t agreements, or one that differs from this site's own.
@@ -291,7 +291,9 @@ class SiteSession:
         expected = self._agreement(self._state.survivors_roll)
         signers = set()
         for envelope in self._from_server(raw, Unmasking).agreements:
-            signer = self._check_peer(envelope, self._state.received)
+            # Survivors alone vouch for what may be opened: with others' signatures a lying server could open a sum
+            # over sites that were shown a smaller U2 than everybody else (2t > n + c bounds survivors who signed).
+            signer = self._check_peer(envelope, self._state.agreed)
             if envelope.body != expected:
                 raise ProtocolError("agreed to something else than this site", who=signer)
             signers.add(signer)
