@@ -128,7 +128,7 @@ class IntegerGaussian:
         draw <<= bits
         own = (draw | aliases) < entry
         undecided = draw ^ entry
-        if undecided.min(initial=aliases) <= aliases:
+        if undecided.min() <= aliases:
             ties = np.flatnonzero(undecided <= aliases)
             own[ties] = source.words(ties.size) < self._table.slow[column[ties]]
         entry &= aliases
