@@ -95,7 +95,7 @@ ENTRIES = [
         "P11",
         "integer noise of deviation 10^6, one core",
         "float64 normals of the same AES generator",
-        0.6,
+        0.5,
         lower_is_better=False,
         pair=privacy.integers_against_floats,
     ),
