@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import privacy
 import secagg
 
 
@@ -89,5 +90,22 @@ ENTRIES = [
         0.65,
         lower_is_better=True,
         exact=secagg.bytes_up,
+    ),
+    Entry(
+        "P11",
+        "integer noise of deviation 10^6, one core",
+        "float64 normals of the same AES generator",
+        0.5,
+        lower_is_better=False,
+        pair=privacy.integers_against_floats,
+    ),
+    Entry(
+        "P11s",
+        "the same, per second (depends on the machine)",
+        "10M integers per second",
+        10,
+        lower_is_better=False,
+        unit="M/s",
+        exact=privacy.millions_a_second,
     ),
 ]

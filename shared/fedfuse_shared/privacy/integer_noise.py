@@ -123,12 +123,12 @@ class IntegerGaussian:
         draw = source.words(words).view(np.uint32)
         column = (draw >> np.uint32(FAST_BITS - self._table.bits)).astype(np.intp)
         entry = fast.take(column)
-        # Both now hold 32 - bits bits of threshold or draw, then an alias or zeros; with ones instead of zeros, the
-        # draw is smaller exactly where its leading bits are.
+        # Both now hold 32 - bits bits of draw or threshold, then zeros or an alias: the draw is smaller where its
+        # head is, and where the heads are equal, which the slow words decide.
         draw <<= bits
-        own = (draw | aliases) < entry
+        own = draw < entry
         undecided = draw ^ entry
-        if undecided.min(initial=aliases) <= aliases:
+        if undecided.min() <= aliases:
             ties = np.flatnonzero(undecided <= aliases)
             own[ties] = source.words(ties.size) < self._table.slow[column[ties]]
         entry &= aliases
