@@ -343,13 +343,9 @@ RESERVED_LATE = [
     Weakening("fedfuse_client.round", _RESERVE, "pass"),
     Weakening("fedfuse_client.round", _TRAIN, f"{_TRAIN}\n        {_RESERVE}"),
 ]
-ANOTHER_VECTOR = Weakening(
-    "fedfuse_client.round", "if answered is not None:", "if False and answered is not None:"
-)
-MUTANTS: dict[str, list[Weakening]] = {
+MUTANTS: dict[str, list[Weakening]] = {  # played by test_privacy_mutants.py
     "refund": [REFUND],
     "reserved late": RESERVED_LATE,
-    "answered anew": [ANOTHER_VECTOR],
 }
 
 
