@@ -386,6 +386,7 @@ def program(mode: str, place: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_site_killed_at_a_sample_of_its_writes_undercounts_no_budget(tmp_path: Path) -> None:
     found = program("sample", tmp_path)
     assert found["kills"] == [1] * 15

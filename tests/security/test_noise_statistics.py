@@ -100,8 +100,8 @@ def round_of(records: int = 0, rate: float = 1.0) -> np.ndarray:
 def is_normal(values: np.ndarray, deviation: float) -> bool:
     """Decide four times whether values are independent N(0, deviation^2).
 
-    Kolmogorov-Smirnov; chi-square of bins of equal probability, 200 values or more in each; the exact chi-square interval of the variance;
-    and the counts beyond 3 and 4.5 deviations, exact binomial.
+    Kolmogorov-Smirnov; chi-square of bins of equal probability, 200 values or more in each; the exact chi-square
+    interval of the variance; and the counts beyond 3 and 4.5 deviations, exact binomial.
     """
     scaled = values / deviation
     if stats.kstest(scaled, "norm").pvalue < ROUGH:

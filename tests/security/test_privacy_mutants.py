@@ -410,6 +410,7 @@ def killed(mode: str, place: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, program, mode, place], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("defect", "seen"),
     [("refund", "assert len(spent) == len(charged)"), ("reserved late", "<= trained <= set(charged)")],
