@@ -15,7 +15,7 @@ class Weakening(NamedTuple):
     """A check taken out of a module.
 
     Attributes:
-        module: Its name below ``fedfuse_shared``.
+        module: Its name, whole or below ``fedfuse_shared``.
         old: Source that occurs exactly once in it.
         new: What stands there instead.
     """
@@ -29,7 +29,9 @@ def weaken(patch: pytest.MonkeyPatch, weakenings: Sequence[Weakening]) -> None:
     """Give every function of the modules named the code it has in a weakened copy of its module."""
     by_module: dict[str, list[Weakening]] = {}
     for weakening in weakenings:
-        by_module.setdefault(f"fedfuse_shared.{weakening.module}", []).append(weakening)
+        name = weakening.module
+        whole = name if name.startswith("fedfuse_") else f"fedfuse_shared.{name}"
+        by_module.setdefault(whole, []).append(weakening)
     for name, changes in by_module.items():
         real = importlib.import_module(name)
         source = inspect.getsource(real)
