@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from fedfuse_shared.config.evaluation import Detail
-from fedfuse_shared.evaluation import Counts, most_counted
+from fedfuse_shared.evaluation import Counts
 from fedfuse_shared.privacy.integer_noise import IntegerGaussian
 from fedfuse_shared.privacy.noise import NoiseSource
+from fedfuse_shared.secagg.ring import most_counted
 
 if TYPE_CHECKING:
     from fedfuse_client.data.tensors import RecordTensors
@@ -47,10 +48,12 @@ def noised(counts: Counts, offer: Offer) -> Counts:
     sensitivity 1 to adding or removing a row.
 
     Raises:
-        ConfigError: the offer evaluates nothing.
+        ConfigError: the ring has no room, which the offer's check has refused before.
     """
-    most = most_counted(offer)
-    assert offer.evaluation is not None
-    noise = IntegerGaussian(offer.evaluation.noise_share).draw(NoiseSource.fresh(), len(counts))
+    asked = offer.evaluation
+    if asked is None:
+        raise RuntimeError("counts of an offer that evaluates nothing")
+    most = most_counted(len(offer.participants), asked.noise_share, offer.ring_bits)
+    noise = IntegerGaussian(asked.noise_share).draw(NoiseSource.fresh(), len(counts))
     clamped: Counts = np.clip(counts, 0, most)
     return clamped + noise

@@ -18,12 +18,11 @@ from fedfuse_shared.config.files import load_toml
 from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate, Schedule
 from fedfuse_shared.envelope import canonical
 from fedfuse_shared.errors import ConfigError, PolicyError
-from fedfuse_shared.evaluation import most_counted
 from fedfuse_shared.ledger import records
 from fedfuse_shared.offer import Offer, SiteCount, architecture_hash
 from fedfuse_shared.secagg.bounds import Bounds
 from fedfuse_shared.secagg.graph import COMPLETE
-from fedfuse_shared.secagg.ring import wraps
+from fedfuse_shared.secagg.ring import most_counted, wraps
 
 _KEPT_AT_SITE: Final = frozenset({"data", "dataset_sites", "modalities"})
 # Where the data lies and which modalities a site has must not be published, not even inside a hash: so few values
@@ -310,7 +309,7 @@ def _evaluation(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
             'ask the coordinator for evaluation.detail = "accuracy"',
         )
     try:
-        most_counted(offer)
+        most_counted(len(offer.participants), asked.noise_share, offer.ring_bits)
     except ConfigError as problem:
         yield _Objection(f"cannot evaluate: {problem.message}", "ask the coordinator for a wider ring")
 

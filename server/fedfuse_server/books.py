@@ -29,6 +29,9 @@ from fedfuse_shared.roster import Roster
 
 SITE_LEAVES: dict[str, type[SiteLeaf]] = {leaf.kind: leaf for leaf in (Policy, Reservation, Refusal, Receipt)}
 
+POLICIES = 20
+"""Policies a site may publish beyond one for every offer made to it."""
+
 
 class Books:
     """One federation's ledger, open for writing.
@@ -46,6 +49,8 @@ class Books:
         """Each site's chain as link hashes, so that a fork shows wherever it begins."""
         self._offered: dict[str, frozenset[str]] = {}
         """Participants of every attempt ever offered, by context."""
+        self._policies: Counter[str] = Counter()
+        """Policies each site published."""
         self._written: set[tuple[str, str, str]] = set()
         """Site, kind and context of every leaf of an attempt: one of each."""
         self.standing: dict[str, Offer] = {}
@@ -145,9 +150,21 @@ class Books:
         return envelope
 
     def _check_attempt(self, envelope: Envelope[SiteLeaf], fresh: Sequence[Envelope[SiteLeaf]]) -> None:
-        """Refuse what an auditor would hold against the server: leaves of no offer, and second ones of a kind."""
+        """Refuse what an auditor would hold against the server: leaves of no offer, and second ones of a kind.
+
+        A site may change its policy, but not without bound: everybody keeps and audits every leaf.
+        """
         key = _attempt_of(envelope)
         if key is None:
+            site = envelope.author
+            offers = sum(site in participants for participants in self._offered.values())
+            published = self._policies[site] + sum(isinstance(leaf.body, Policy) for leaf in fresh)
+            if published >= POLICIES + offers:
+                raise ProtocolError(
+                    f"published {published} policies over {offers} offers, at most {POLICIES} more are kept",
+                    who=site,
+                    advice="change policy.toml less often",
+                )
             return
         site, kind, context = key
         if site not in self._offered.get(context, ()):
@@ -159,6 +176,7 @@ class Books:
         site = envelope.author
         self._links[site].append(link(envelope))
         self._heads[site] = encode(envelope)
+        self._policies[site] += isinstance(envelope.body, Policy)
         key = _attempt_of(envelope)
         if key is not None:
             self._written.add(key)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 import rfc8785
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import ValidationError
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import AuthorName, Frozen, Hex64, Label
@@ -23,6 +23,26 @@ class Body(Frozen):
     """What an author states; every subclass names its kind."""
 
     kind: ClassVar[str]
+
+
+class GrownBody(Body):
+    """A body that has fields which older versions do not know.
+
+    They are written only where they differ from their defaults. So what older versions signed still reads, and still
+    has one spelling: a default that is spelled out is refused as not canonical.
+    """
+
+    added: ClassVar[frozenset[str]]
+    """Names of the fields that came after version 0.1."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = whole(self)
+        fields = type(self).model_fields
+        for name in self.added:
+            if getattr(self, name) == fields[name].default:
+                del dumped[name]
+        return dumped
 
 
 T = TypeVar("T", bound=Body)

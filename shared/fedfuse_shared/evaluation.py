@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,35 +16,10 @@ from numpy.typing import NDArray
 from fedfuse_shared.config.base import Frozen
 from fedfuse_shared.config.evaluation import Detail
 from fedfuse_shared.crypto.keystream import Words
-from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.offer import Offer
 
 Counts = NDArray[np.int64]
 """Shape ``(cells,)``, in the order of :class:`Detail`."""
-
-_FAR: Final = 12.0
-"""Deviations of the noise that have room beside a count: a normal value lies beyond with probability 2^-110."""
-
-
-def most_counted(offer: Offer) -> int:
-    """Return what each count of a site is clamped to before the noise, so that the sum over sites does not wrap.
-
-    Raises:
-        ConfigError: the ring has no room for a single record, or nothing is evaluated.
-    """
-    asked = offer.evaluation
-    if asked is None:
-        raise ConfigError("offer evaluates nothing", advice="look at offer.counts first")
-    room: int = (2 ** (offer.ring_bits - 1) - 1) // len(offer.participants) - math.ceil(
-        _FAR * asked.noise_share
-    )
-    if room < 1:
-        raise ConfigError(
-            f"a ring of {offer.ring_bits} bits has no room for counts of {len(offer.participants)} sites with noise "
-            f"of deviation {asked.noise_share:g}",
-            advice="raise secure_aggregation.ring_bits or leave evaluation.every out",
-        )
-    return room
 
 
 def tally(total: Words, offer: Offer) -> tuple[int, ...]:

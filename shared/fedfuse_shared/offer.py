@@ -13,7 +13,7 @@ from fedfuse_shared.config.evaluation import CountNoise, Detail, Every
 from fedfuse_shared.config.federation import Lifetime, RingBits, TrainingConfig
 from fedfuse_shared.config.model import ModelConfig
 from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate
-from fedfuse_shared.envelope import Body, canonical
+from fedfuse_shared.envelope import GrownBody, canonical
 
 Adjacency = Literal["add-or-remove-one-record"]
 SiteCount = Annotated[int, Field(ge=0, le=limits.MAX_SPARSE_SITES)]
@@ -76,10 +76,11 @@ def plan_hash(
     return hashlib.sha256(limits.LABEL_PLAN + canonical([federation, *parts, clip_range])).hexdigest()
 
 
-class Offer(Body):
+class Offer(GrownBody):
     """Everything a site needs to know, to check and to agree to before it takes part in a round."""
 
     kind: ClassVar[str] = "offer"
+    added: ClassVar[frozenset[str]] = frozenset({"evaluation"})
 
     federation: Label
     run: Label

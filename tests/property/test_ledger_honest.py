@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.federation import Federation
 from support.ledgers import LedgerBuilder, head_of
 
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.envelope import encode
 from fedfuse_shared.ledger.merkle import Tree
 from fedfuse_shared.ledger.records import Charge
@@ -78,6 +79,8 @@ def test_honest_ledgers_have_no_findings(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_spending_elsewhere_only_adds(data: st.DataObject) -> None:
     builder = LedgerBuilder(FEDERATIONS[3]).enrol()
+    for site in builder.federation.names:
+        builder.policy(site, schedule=Schedule.FREE)
     spent = 0
     for _ in range(3):
         offer = builder.offer()
@@ -90,6 +93,8 @@ def test_spending_elsewhere_only_adds(data: st.DataObject) -> None:
     report = builder.audit()
     assert report.ok
     alone = LedgerBuilder(FEDERATIONS[3]).enrol()
+    for site in alone.federation.names:
+        alone.policy(site, schedule=Schedule.FREE)
     for _ in range(3):
         alone.round()
     least = alone.audit().sites[0].epsilon

@@ -14,6 +14,7 @@ from support.federation import Federation
 from support.ledgers import LedgerBuilder, codes, digest, head_of
 
 from fedfuse_shared.config.base import OPERATOR, SERVER, Trust
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.envelope import encode, seal
 from fedfuse_shared.ledger.records import FIRST_LINK, Charge, Close, Outcome, Receipt, Refusal, Reservation
 from fedfuse_shared.ledger.verification import verify_ledger
@@ -326,6 +327,7 @@ def round_started_from_another_model() -> Report:
 )
 def test_every_charged_parameter_is_compared_with_the_offer(changes: dict) -> None:
     builder = started()
+    builder.policy("site00", schedule=Schedule.FREE)  # or another mechanism would be a finding of its own
     offer = builder.offer()
     builder.reserve("site00", offer, **changes)
     builder.abort(offer)
@@ -436,13 +438,23 @@ def parameters_changed_to_slip_under_the_cap() -> Report:
     other = Charge(sampling_rate=0.1, noise_multiplier=2.0, steps=1)
     low, high = epsilon([one, other], 1e-5), epsilon_rdp([one, other], 1e-5)
     builder = LedgerBuilder(cap=(low + high) / 2).enrol()
+    for site in builder.federation.names:
+        builder.policy(site, schedule=Schedule.FREE)
     for part in (one, other):
         sigma = part.noise_multiplier
         asked = {"sampling_rate": part.sampling_rate, "noise_multiplier": sigma, "noise_share": sigma}
         builder.round(privacy=privacy(builder, **asked))
     report = builder.audit()
-    assert {row.epsilon for row in report.sites} == {low}
+    assert {row.epsilon for row in report.sites} == {high}
     return report
+
+
+@attack(Code.SCHEDULE)
+def parameters_changed_under_a_fixed_schedule() -> Report:
+    """A site that promised one mechanism was talked into a second one: its tighter bound no longer holds."""
+    builder = started()
+    builder.round(privacy=privacy(builder, noise_multiplier=2.5, noise_share=2.5))
+    return builder.audit()
 
 
 @attack(Code.DUPLICATE_RESERVATION)
@@ -534,10 +546,10 @@ def aborted_without_a_reason() -> Report:
     return ended(builder)
 
 
-@attack(Code.SURVIVORS)
+@attack(Code.SURVIVORS, Code.AGREEMENTS)
 def opened_over_too_few() -> Report:
     names = LedgerBuilder().federation.names
-    return opening(survivors_named=names[:2], agreers=names).audit()
+    return opening(survivors_named=names[:2], agreers=names[:2]).audit()
 
 
 @attack(Code.SURVIVORS, Code.NO_RECEIPT)

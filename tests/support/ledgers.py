@@ -8,7 +8,6 @@ from typing import Any
 
 from fedfuse_shared.config.base import OPERATOR, SERVER, Trust
 from fedfuse_shared.config.federation import GraphKind
-from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.envelope import Body, Envelope, encode, seal
 from fedfuse_shared.ledger.checkpoint import Head, origin_of
 from fedfuse_shared.ledger.merkle import Tree
@@ -71,8 +70,6 @@ class LedgerBuilder:
             "max_steps_per_round": 4,
             "max_clip": 1.0,
             "graphs": (GraphKind.COMPLETE,),
-            "schedule": Schedule.FREE,
-            "min_evaluation_noise": None,
         }
         return self._chained(site, Policy, values, changes)
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.ledger.records import Charge
 from fedfuse_shared.privacy import accountant, calibration
@@ -63,11 +64,16 @@ def test_order_and_splitting_do_not_matter() -> None:
 def test_what_may_have_been_chosen_on_the_way_is_enforced_by_renyi() -> None:
     """Design page 3, rule 3: the privacy loss distribution is no filter for parameters that change."""
     one, other = charge(0.25, 4.0, 20), charge(0.1, 2.0, 20)
-    assert epsilon_enforced([one, one], 1e-5) == epsilon([one, one], 1e-5)
-    assert (
-        epsilon_enforced([one, other], 1e-5) == epsilon_rdp([one, other], 1e-5) > epsilon([one, other], 1e-5)
-    )
-    assert epsilon_enforced([], 1e-5) == 0.0
+    assert epsilon_enforced([one, one], 1e-5, Schedule.FIXED) == epsilon([one, one], 1e-5)
+    for mixed, schedule in (([one, other], Schedule.FREE), ([one, other], Schedule.FIXED)):
+        assert epsilon_enforced(mixed, 1e-5, schedule) == epsilon_rdp(mixed, 1e-5) > epsilon(mixed, 1e-5)
+    assert epsilon_enforced([], 1e-5, Schedule.FIXED) == 0.0
+
+
+def test_a_free_schedule_counts_by_renyi_before_anything_changed() -> None:
+    """Changing from one bound to the other on the way would hold at twice delta only."""
+    once = [charge(0.25, 4.0, 20)]
+    assert epsilon_enforced(once, 1e-5, Schedule.FREE) == epsilon_rdp(once, 1e-5)
 
 
 def test_steps_beyond_what_a_charge_can_state_are_not_lost() -> None:

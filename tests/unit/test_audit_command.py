@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from fedfuse_server.audit.command import audit
 from fedfuse_shared.config.base import OPERATOR, Trust
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.envelope import encode, seal
 from fedfuse_shared.errors import DataError, FedfuseError, VerificationError
 from fedfuse_shared.ledger.log import LedgerWriter
@@ -68,6 +69,7 @@ def test_honest_ledger_holds(builder: LedgerBuilder, tmp_path: Path) -> None:
 
 
 def test_finding_is_one_line_with_its_leaf_and_what_to_do(builder: LedgerBuilder, tmp_path: Path) -> None:
+    builder.policy("site02", schedule=Schedule.FREE)
     offer = builder.offer()
     charged = Charge(sampling_rate=0.01, noise_multiplier=1.5, steps=1)
     builder.reserve("site02", offer, charge=charged)
@@ -111,10 +113,15 @@ def test_shared_noise_is_told_apart_by_whom_it_withstands(tmp_path: Path) -> Non
         assert row["epsilon_all_collude"] > 1.5 * row["epsilon"]
 
 
-def test_changed_parameters_are_pointed_out(builder: LedgerBuilder, tmp_path: Path) -> None:
+def test_free_schedules_are_pointed_out(builder: LedgerBuilder, tmp_path: Path) -> None:
+    assert "Free schedules" not in run(publish(builder, tmp_path)).stdout
+    for site in builder.federation.names:
+        builder.policy(site, schedule=Schedule.FREE)
     asked = builder.federation.offer().privacy
     builder.round(privacy=asked.model_copy(update={"noise_multiplier": 2.0, "noise_share": 2.0}))
-    assert "Parameters changed on the way" in run(publish(builder, tmp_path)).stdout
+    again = tmp_path / "again"
+    again.mkdir()
+    assert "Free schedules" in run(publish(builder, again)).stdout
 
 
 def test_json_is_one_object_with_the_published_keys(builder: LedgerBuilder, tmp_path: Path) -> None:
@@ -124,7 +131,7 @@ def test_json_is_one_object_with_the_published_keys(builder: LedgerBuilder, tmp_
     assert list(shown) == ["ok", "leaves", "root", "sites", "findings"]
     assert set(shown["sites"][0]) == {
         "site", "dataset", "trust", "colluders", "epsilon", "epsilon_rdp", "epsilon_all_collude", "delta", "cap",
-        "adjacency", "rounds", "reservations", "unmatched", "mechanisms",
+        "adjacency", "schedule", "rounds", "reservations", "unmatched", "mechanisms",
     }  # fmt: skip
     assert shown["ok"] is True
     assert shown["leaves"] == len(builder.leaves)

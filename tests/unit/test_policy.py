@@ -202,6 +202,10 @@ def test_every_other_key_changes_the_hash(tmp_path: Path) -> None:
         "max_clip": 2.0,
         "graphs": ["complete", "sparse"],
         "max_lifetime": 600,
+        "schedule": "free",
+        "min_evaluation_noise": 20.0,
+        "models": ["c" * 64],
+        "code": ["d" * 64],
         "plans": [PLAN],
     }
     assert set(changed) == set(SitePolicy.model_fields) - {"data", "dataset_sites", "modalities"}

@@ -17,7 +17,7 @@ from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen, Hex32, Hex64, ShortText, SiteName, Trust
 from fedfuse_shared.config.federation import GraphKind
 from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate, Schedule
-from fedfuse_shared.envelope import Body, Envelope, encode
+from fedfuse_shared.envelope import Body, Envelope, GrownBody, encode
 from fedfuse_shared.offer import Adjacency, Offer, SiteCount
 from fedfuse_shared.roster import Roster
 
@@ -39,8 +39,10 @@ def link_of(raw: bytes) -> str:
     return hashlib.sha256(limits.LABEL_LEAF_LINK + raw).hexdigest()
 
 
-class SiteLeaf(Body):
+class SiteLeaf(GrownBody):
     """What every leaf of a site's chain has; the site is the envelope's author."""
+
+    added: ClassVar[frozenset[str]] = frozenset()
 
     seq: Sequence
     prev: Hex32
@@ -79,6 +81,7 @@ class Policy(SiteLeaf):
     """What a site allows, in its own words; an offer outside it is refused before any data is read."""
 
     kind: ClassVar[str] = "policy"
+    added: ClassVar[frozenset[str]] = frozenset({"graphs", "schedule", "min_evaluation_noise"})
 
     policy_hash: Hex32
     roster_hash: Hex32
@@ -94,9 +97,11 @@ class Policy(SiteLeaf):
     max_sampling_rate: SamplingRate
     max_steps_per_round: Annotated[int, Field(ge=1, le=10_000)]
     max_clip: Positive
-    graphs: Annotated[tuple[GraphKind, ...], Field(min_length=1, max_length=len(GraphKind))]
-    schedule: Schedule
-    min_evaluation_noise: Positive | None
+    graphs: Annotated[tuple[GraphKind, ...], Field(min_length=1, max_length=len(GraphKind))] = (
+        GraphKind.COMPLETE,
+    )
+    schedule: Schedule = Schedule.FIXED
+    min_evaluation_noise: Positive | None = None
     """Least noise on a released count (standard deviation); None: this site's counts are never released."""
 
 
@@ -104,6 +109,7 @@ class Reservation(SiteLeaf):
     """Privacy charged before any record is read; never refunded."""
 
     kind: ClassVar[str] = "reservation"
+    added: ClassVar[frozenset[str]] = frozenset({"evaluation"})
 
     context: Hex32
     dataset: Hex32
@@ -161,10 +167,11 @@ class Outcome(StrEnum):
     ABORTED = "aborted"
 
 
-class Close(Body):
+class Close(GrownBody):
     """The server's account of how an attempt ended, with the agreement signatures that allowed opening it."""
 
     kind: ClassVar[str] = "close"
+    added: ClassVar[frozenset[str]] = frozenset({"counts"})
 
     context: Hex32
     outcome: Outcome

@@ -263,6 +263,10 @@ class Rounds:
             if site not in attempt.participants or site not in self._roster.sites:
                 self._findings.add(Code.AGREEMENTS, leaf, site, "agreement of a site that was not asked")
                 continue
+            if site not in body.survivors:
+                # It masked nothing, so it may vouch for sets that differ between sites; see ``SiteSession.reveal``.
+                self._findings.add(Code.AGREEMENTS, leaf, site, "agreement of a site that did not survive")
+                continue
             signed = Envelope[Agreement](author=site, body=said, kind=Agreement.kind, sig=sig, v=1)
             try:
                 verify(signed, self._roster.key_of(site))

@@ -60,3 +60,28 @@ def check_rounding(deviation: float, clip_range: float, scale: float, ring_bits:
             f"updates are clamped to +/-{clip_range:g}, and their noise alone has deviation {deviation:.3g}",
             advice=f"raise secure_aggregation.clip_range to at least {_CLAMPED * deviation:.3g}",
         )
+
+
+_FAR = 12.0
+"""Deviations of the noise that have room beside a count: a normal value lies beyond with probability 2^-110."""
+
+
+def most_counted(participants: int, noise: float, ring_bits: int) -> int:
+    """Return what each evaluation count of a site is clamped to before its noise, so that n of them do not wrap.
+
+    Args:
+        participants: n, sites whose counts are summed at most.
+        noise: Standard deviation of the noise on one site's count.
+        ring_bits: Width of the ring.
+
+    Raises:
+        ConfigError: the ring has no room for a single record.
+    """
+    room: int = (2 ** (ring_bits - 1) - 1) // participants - math.ceil(_FAR * noise)
+    if room < 1:
+        raise ConfigError(
+            f"a ring of {ring_bits} bits has no room for counts of {participants} sites with noise of deviation "
+            f"{noise:g}",
+            advice="raise secure_aggregation.ring_bits or leave evaluation.every out",
+        )
+    return room
