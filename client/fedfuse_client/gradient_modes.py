@@ -20,6 +20,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from fedfuse_client.gradients import Dense, PerRecord, RecordGradients
+from fedfuse_client.layer_gradients import LayerGradients
 
 
 class Microbatch(NamedTuple):
@@ -63,6 +64,17 @@ class FactoredHooks:
         """Return the gradients with respect to each parameter."""
         _backward(losses(self._wrapped(*batch.inputs), batch.labels).sum())
         return self._wrapped.take()
+
+
+class LayerRules:
+    """Opacus' rule for each kind of layer, without a whole backward pass (:class:`LayerGradients`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = LayerGradients(model)
+
+    def gradients(self, batch: Microbatch) -> Sequence[PerRecord]:
+        """Return the gradients with respect to each parameter."""
+        return self._layers.take(losses(self._layers.forward(batch.inputs), batch.labels).sum())
 
 
 class _Opacus:
@@ -185,6 +197,7 @@ class _Ghost:
 
 
 MODES: Final[Mapping[str, type[GradientMode]]] = MappingProxyType({
+    "layers": LayerRules,
     "factored": FactoredHooks,
     "hooks": Hooks,
     "expanded": ExpandedWeights,
