@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Protocol
@@ -47,11 +48,17 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
-def _backward(loss: Tensor, *, again: bool = False) -> None:
+@contextmanager
+def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         # Features need no gradient, and torch remarks on it at every backward pass.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        loss.backward(retain_graph=again)  # type: ignore[no-untyped-call]
+        yield
+
+
+def _backward(loss: Tensor) -> None:
+    with _quietly():
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 class FactoredHooks:
@@ -173,11 +180,13 @@ class _SecondPass:
     def _pass(self, weights: Tensor) -> tuple[Tensor, ...]:
         # Weight 0 does not silence NaN in a backward pass: such a record's inputs must go.
         inputs = tuple(
-            each.masked_fill(~(weights > 0).view(-1, *[1] * (each.dim() - 1)), 0) for each in self._batch.inputs
+            each.masked_fill(~(weights > 0).view(-1, *[1] * (each.dim() - 1)), 0)
+            for each in self._batch.inputs
         )
         self._wrapped.disable_hooks()
         loss = losses(self._wrapped(*inputs), self._batch.labels) @ weights
-        found: tuple[Tensor, ...] = torch.autograd.grad(loss, list(self._wrapped.parameters()))
+        with _quietly():
+            found: tuple[Tensor, ...] = torch.autograd.grad(loss, list(self._wrapped.parameters()))
         return found
 
 
@@ -196,12 +205,14 @@ class _Ghost:
         return self.second.sums(weights)[self.index]
 
 
-MODES: Final[Mapping[str, type[GradientMode]]] = MappingProxyType({
-    "layers": LayerRules,
-    "factored": FactoredHooks,
-    "hooks": Hooks,
-    "expanded": ExpandedWeights,
-    "functorch": Functional,
-    "ghost": GhostClipping,
-})
+MODES: Final[Mapping[str, type[GradientMode]]] = MappingProxyType(
+    {
+        "layers": LayerRules,
+        "factored": FactoredHooks,
+        "hooks": Hooks,
+        "expanded": ExpandedWeights,
+        "functorch": Functional,
+        "ghost": GhostClipping,
+    }
+)
 """Every mode by name, in the order they are tried."""

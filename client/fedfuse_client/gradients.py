@@ -61,7 +61,8 @@ class Factored:
 
 def _squared_norms(rows: Tensor) -> Tensor:
     # Widened as it is read: a float64 copy of all rows costs twenty times as long.
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.square()
 
 
 def _silenced(rows: Tensor, weights: Tensor) -> Tensor:

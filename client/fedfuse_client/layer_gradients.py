@@ -75,10 +75,10 @@ class LayerGradients:
         self._uses.append(_Use(layer, given[0].detach(), output))
 
 
-def _by_rule(use: _Use, left: Tensor, *, factored: bool) -> dict[nn.Parameter, PerRecord]:
+def _by_rule(use: _Use, left: Tensor, *, factored: bool) -> dict[Tensor, PerRecord]:
     layer = use.layer
     if factored and type(layer) is nn.Linear and left.dim() == 2:
-        made: dict[nn.Parameter, PerRecord] = {layer.weight: Factored(left, use.given)}
+        made: dict[Tensor, PerRecord] = {layer.weight: Factored(left, use.given)}
         if layer.bias is not None:
             made[layer.bias] = Dense(left)
         return made

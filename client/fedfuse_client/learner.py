@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 MICROBATCH = 128
 """Records whose gradients are held at once; changes memory and speed, never a result or a guarantee."""
+GRADIENTS = "fastest"
+"""How per-record gradients are computed: the fastest way proven for the model, or one by its name.
+
+Changes speed and the last bits of an update, never a guarantee; a name makes updates equal in every process."""
 
 
 class Learner:
@@ -98,6 +102,16 @@ class Learner:
             )
         return weights
 
+    def check_gradients(self, offer: Offer) -> None:
+        """Refuse a model whose per-record gradients cannot be had for certain; decided on synthetic records alone.
+
+        Raises:
+            ConfigError: a layer mixes records or keeps state, or no way to the gradients is proven.
+        """
+        from fedfuse_client.gradient_choice import mode_for  # noqa: PLC0415 - imports torch
+
+        mode_for(self._model_for(offer), MICROBATCH, GRADIENTS)
+
     def update(self, offer: Offer, weights: NDArray[np.float32]) -> Words:
         """Train from the global weights and return the quantised update, shape ``(d + tail,)``.
 
@@ -134,6 +148,7 @@ class Learner:
             training=offer.training,
             noise=NoiseSource.fresh(),
             microbatch=MICROBATCH,
+            gradients=GRADIENTS,
         )
 
     def _model_for(self, offer: Offer) -> MultimodalClassifier:
