@@ -39,12 +39,13 @@ def check_independence(model: nn.Module, batch: Microbatch, other: Microbatch) -
     probe = shaken(model)
     before = _buffers(probe)
     plain = _logits(probe, batch)
+    _check_memory(probe, batch, other, plain)
     for kept in splits(len(batch.labels)):
         mixed = exchanged(batch, other, kept)
         if not torch.equal(_logits(probe, mixed)[kept], plain[kept]):
-            # In a state that changes, the second pass differs for that reason; the first of two causes is named.
-            raise _mixes(_first(probe, batch, mixed, _Kept(kept)))
-    _check_state(probe, batch, before, plain)
+            raise _mixes(_first(_calls(probe, batch), _calls(probe, mixed), _Kept(kept)))
+    # After mixing: batch normalisation does both, and mixing is the worse.
+    _check_buffers(probe, before)
     for kept in list(splits(len(batch.labels)))[:2]:
         mixed = exchanged(batch, other, kept)
         if any(map(_differ, _gradients(probe, batch, kept), _gradients(probe, mixed, kept))):
@@ -95,14 +96,22 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in chain(model.named_buffers(), model.named_parameters())}
 
 
-def _check_state(model: nn.Module, batch: Microbatch, before: Mapping[str, Tensor], plain: Tensor) -> None:
+def _check_memory(model: nn.Module, batch: Microbatch, other: Microbatch, plain: Tensor) -> None:
+    """Check that logits are the same whatever the pass before was, if any."""
+    _logits(model, other)
+    if torch.equal(_logits(model, batch), plain):
+        return
+    _logits(model, batch)
+    before = _calls(model, batch)
+    _logits(model, other)
+    everything = _Kept(torch.ones(len(plain), dtype=torch.bool))
+    raise _remembers(model, _first(before, _calls(model, batch), everything).name)
+
+
+def _check_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     for name, value in _buffers(model).items():
         if not torch.equal(value, before[name]):
             raise _remembers(model, name.rpartition(".")[0], f" in {name.rpartition('.')[2]}")
-    again = _logits(model, batch)
-    if not torch.equal(again, plain):
-        everything = _Kept(torch.ones(len(plain), dtype=torch.bool))
-        raise _remembers(model, _first(model, batch, batch, everything).name)
 
 
 def _remembers(model: nn.Module, name: str, where: str = "") -> ConfigError:
@@ -156,9 +165,8 @@ def _parts(values: Tensor, rows: Tensor) -> Iterator[Tensor]:
         yield values.reshape(*before, size // count, count, *after).movedim(axis + 1, 0)[rows]
 
 
-def _first(model: nn.Module, batch: Microbatch, mixed: Microbatch, kept: _Kept) -> _Call:
+def _first(before: list[_Call], after: list[_Call], kept: _Kept) -> _Call:
     """Return the call that first turned equal parts into different ones; children end before their parents."""
-    before, after = (_calls(model, each) for each in (batch, mixed))
     for mine, theirs in zip(before, after, strict=True):
         if all(map(kept.same, mine.given, theirs.given)) and not all(
             map(kept.same, mine.answer, theirs.answer)

@@ -61,11 +61,12 @@ class LayerGradients:
         found: dict[int, PerRecord] = {}
         for use, left in zip(uses, lefts, strict=True):
             once = all(calls[id(parameter)] == 1 for parameter in use.layer.parameters(recurse=False))
-            for parameter, each in _by_rule(use, left, factored=once).items():
-                known = found.get(id(parameter))
+            for key, each in _by_rule(use, left, factored=once).items():
+                known = found.get(id(key))
                 if isinstance(known, Dense) and isinstance(each, Dense):
-                    each = Dense(known.rows + each.rows)  # noqa: PLW2901
-                found[id(parameter)] = each
+                    found[id(key)] = Dense(known.rows + each.rows)
+                else:
+                    found[id(key)] = each
         missing = [name for name, parameter in self._model.named_parameters() if id(parameter) not in found]
         if missing:
             raise NotImplementedError(f"no layer was seen to use {missing[0]}")
