@@ -31,11 +31,12 @@ FASTEST: Final = "fastest"
 """Chooses by timing, instead of by name."""
 
 _LOG: Final = logging.getLogger(__name__)
+_FEWEST: Final = 3  # rows in which a proof makes sense
 _FEW: Final = 16  # rows of the first timing, which leaves out modes that have no chance
 _HOPELESS: Final = 3.0
 _REPEATS: Final = 5
 _SECONDS: Final = 0.4  # after which timing is not repeated
-_chosen: dict[tuple[str, int, int, str], str] = {}
+_chosen: dict[tuple[str, str, int, int, str], str] = {}
 _choosing = threading.Lock()
 
 
@@ -50,11 +51,11 @@ def mode_for(model: MultimodalClassifier, count: int, wanted: str = FASTEST) -> 
     Raises:
         ConfigError: the model mixes records or keeps state, no mode passes, or there is none of that name.
     """
-    key = (model.config.model_dump_json(), count, torch.get_num_threads(), wanted)
+    key = (model.config.model_dump_json(), repr(model), count, torch.get_num_threads(), wanted)
     with _choosing:
         if key not in _chosen:
-            # A layer can only mix records where there are two.
-            pair = [microbatch(model.config, max(count, 2), seed) for seed in (2, 3)]
+            # Mixing shows only among several records.
+            pair = [microbatch(model.config, max(count, _FEWEST), seed) for seed in (2, 3)]
             _chosen[key] = choose(model, pair[0], pair[1], wanted)
         return MODES[_chosen[key]]
 
@@ -64,7 +65,7 @@ def choose(model: nn.Module, batch: Microbatch, other: Microbatch, wanted: str =
 
     Args:
         model: Left as it is.
-        batch: Synthetic records in the shape of every microbatch.
+        batch: Synthetic records in the shape of every microbatch, at least three.
         other: As many others.
         wanted: A name in :data:`MODES`, or :data:`FASTEST`.
 

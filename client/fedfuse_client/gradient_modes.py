@@ -142,9 +142,11 @@ class GhostClipping:
     float64, on a copy.
     """
 
+    precision = torch.float64
+
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._double = copy.deepcopy(model).to(torch.float64)
+        self._double = copy.deepcopy(model).to(self.precision)
         self._wrapped = GradSampleModuleFastGradientClipping(self._double, loss_reduction="sum")
 
     def gradients(self, batch: Microbatch) -> Sequence[PerRecord]:
@@ -152,7 +154,7 @@ class GhostClipping:
         with torch.no_grad():
             for wide, narrow in zip(self._double.parameters(), self._model.parameters(), strict=True):
                 wide.copy_(narrow)
-        inputs = tuple(each.to(torch.float64) if each.is_floating_point() else each for each in batch.inputs)
+        inputs = tuple(each.to(self.precision) if each.is_floating_point() else each for each in batch.inputs)
         self._wrapped.enable_hooks()
         _backward(losses(self._wrapped(*inputs), batch.labels).sum())
         second = _SecondPass(self._wrapped, Microbatch(inputs, batch.labels))
@@ -184,7 +186,7 @@ class _SecondPass:
             for each in self._batch.inputs
         )
         self._wrapped.disable_hooks()
-        loss = losses(self._wrapped(*inputs), self._batch.labels) @ weights
+        loss = losses(self._wrapped(*inputs), self._batch.labels).to(weights.dtype) @ weights
         with _quietly():
             found: tuple[Tensor, ...] = torch.autograd.grad(loss, list(self._wrapped.parameters()))
         return found

@@ -51,6 +51,8 @@ class Reference:
     """The sums they give, ``(2, d)`` float64."""
     first: Tensor
     """The gradient of record 0, ``(d,)`` float64."""
+    mate: Tensor
+    """The gradient of record 1 of the other microbatch, ``(d,)`` float64."""
 
 
 def reference(model: nn.Module, batch: Microbatch, other: Microbatch) -> Reference:
@@ -58,30 +60,34 @@ def reference(model: nn.Module, batch: Microbatch, other: Microbatch) -> Referen
 
     Args:
         model: Left as it is.
-        batch: Synthetic records.
+        batch: Synthetic records, at least three.
         other: As many others, of the same shapes.
     """
     probe = shaken(model)
-    parameters = list(probe.parameters())
-    draws = torch.rand(2, len(batch.labels), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    count = len(batch.labels)
+    draws = torch.rand(2, count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     draws[1, 1::3] = 0.0
     weights, norms = torch.zeros_like(draws), torch.zeros_like(draws[0])
-    sums = torch.zeros(2, sum(map(torch.numel, parameters)), dtype=torch.float64)
-    first = sums[0]
-    for row in range(len(batch.labels)):
-        logits = probe(*(each[row : row + 1] for each in batch.inputs))
-        found = torch.autograd.grad(
-            losses(logits, batch.labels[row : row + 1]).sum(),
-            parameters,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        gradient = torch.cat([each.flatten() for each in found]).to(torch.float64)
+    first = _alone(probe, batch, 0)
+    sums = torch.zeros(2, len(first), dtype=torch.float64)
+    for row in range(count):
+        gradient = _alone(probe, batch, row)
         norms[row] = gradient.norm()
         weights[:, row] = draws[:, row] / norms[row].clamp(min=1e-12)
-        sums = torch.addcmul(sums, weights[:, row : row + 1], gradient[None])
-        first = first if row else gradient
-    return Reference(probe, batch, _spoilt(other), norms, weights, sums, first)
+        sums.addcmul_(weights[:, row : row + 1], gradient[None])
+    return Reference(probe, batch, _spoilt(other), norms, weights, sums, first, _alone(probe, other, 1))
+
+
+def _alone(model: nn.Module, batch: Microbatch, row: int) -> Tensor:
+    """Return the gradient of one record's loss in a batch of its own, ``(d,)`` float64."""
+    logits = model(*(each[row : row + 1] for each in batch.inputs))
+    found = torch.autograd.grad(
+        losses(logits, batch.labels[row : row + 1]).sum(),
+        list(model.parameters()),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return torch.cat([each.flatten() for each in found]).to(torch.float64)
 
 
 def prove(name: str, known: Reference) -> GradientMode:
@@ -108,21 +114,21 @@ def _compare(mode: GradientMode, known: Reference) -> None:
     _close("norms", (norms - known.norms).abs(), TOLERANCE * known.norms)
     for weights, expected in zip(known.weights, known.sums, strict=True):
         found = _sum(taken, weights)
-        _close("weighted sums", (found - expected).norm(), TOLERANCE * expected.norm())
-    alone = torch.zeros(count, dtype=torch.float64)
-    alone[0] = 1.0
-    first = _sum(taken, alone)
+        _close("weighted sum", (found - expected).norm(), TOLERANCE * expected.norm())
+    one, two = torch.eye(count, dtype=torch.float64)[:2]
+    first = _sum(taken, one)
     _close("gradient of one record", (first - known.first).norm(), TOLERANCE * known.norms[0])
     _close("norm of what is summed", (first.norm() - norms[0]).abs(), EXACT * norms[0])
     # With and without one record, sums may differ by that record's part and nothing else.
-    rest = known.weights[0] * (1 - alone)
-    apart = _sum(taken, known.weights[0]) - _sum(taken, rest) - known.weights[0, 0] * first
+    apart = _sum(taken, known.weights[0]) - _sum(taken, known.weights[0] * (1 - one))
+    apart -= known.weights[0, 0] * first
     _close("sum's precision", apart.norm(), EXACT * (known.weights[0] * norms).sum())
     # Last, because a mode may keep one microbatch's results only until the next.
-    kept = torch.arange(count) == 0
-    again = mode.gradients(exchanged(known.batch, known.other, kept))
-    if not torch.equal(_norms(again)[kept], norms[kept]) or not torch.equal(_sum(again, alone), first):
+    again = mode.gradients(exchanged(known.batch, known.other, one > 0))
+    if _norms(again)[0] != norms[0] or not torch.equal(_sum(again, one), first):
         raise Disproof("the gradient of a record changes with its batch-mates")
+    mate = (_sum(again, two) - known.mate).norm()
+    _close("gradient in the next microbatch", mate, TOLERANCE * known.mate.norm())
 
 
 def _norms(taken: Sequence[PerRecord]) -> Tensor:

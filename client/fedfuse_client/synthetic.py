@@ -38,7 +38,9 @@ def microbatch(config: ModelConfig, count: int, seed: int) -> Microbatch:
         if modality not in config.encoders:
             inputs.append(torch.zeros(count, 0))
             continue
-        values = _features(build_encoder(config, modality), count, generator)
+        with torch.random.fork_rng(devices=[]):  # construction draws from torch's generator
+            encoder = build_encoder(config, modality)
+        values = _features(encoder, count, generator)
         absent = ~present[:, column].view(-1, *[1] * (values.dim() - 1))
         inputs.append(values.masked_fill(absent, 0))
     labels = torch.randint(0, len(config.classes), (count,), generator=generator)
