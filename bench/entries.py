@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import secagg
+import training
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,28 @@ ENTRIES = [
         1.1,
         lower_is_better=True,
         exact=secagg.memory_of_opening,
+    ),
+    *(
+        Entry(
+            f"P4.{name}",
+            f"DP-SGD step, {name}, 128 records, one thread",
+            "plain SGD step",
+            2,
+            lower_is_better=True,
+            pair=training.against_plain(name),
+        )
+        for name in training.MODELS
+    ),
+    *(
+        Entry(
+            f"P4h.{name}",
+            f"DP-SGD step, {name}, 128 records, one thread",
+            "Opacus 1.6.0, default hooks",
+            1,
+            lower_is_better=True,
+            pair=training.against_hooks(name),
+        )
+        for name in training.MODELS
     ),
     Entry(
         "P7",

@@ -7,7 +7,6 @@ from support.small_federation import SITES, SmallFederation
 
 from fedfuse_client import learner
 from fedfuse_server.events import RoundOpened, SiteLeftOut
-from fedfuse_shared.errors import FedfuseError
 from fedfuse_shared.ledger.log import kind_of, read_ledger
 from fedfuse_shared.ledger.records import Reservation
 from fedfuse_shared.messages import Step
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_without_proven_gradients_no_site_trains_and_none_is_charged(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(learner, "GRADIENTS", "quick")
     federation = SmallFederation(tmp_path, {"rounds": 1})
-    with caplog.at_level(logging.ERROR), pytest.raises(FedfuseError):
+    with caplog.at_level(logging.ERROR):
         federation.run()
     assert not federation.told(RoundOpened)
     left_out = federation.told(SiteLeftOut)
