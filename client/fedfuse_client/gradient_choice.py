@@ -36,7 +36,7 @@ _FEW: Final = 16  # rows of the first timing, which leaves out modes that have n
 _HOPELESS: Final = 3.0
 _REPEATS: Final = 21
 _AT_LEAST: Final = 3
-_SECONDS: Final = 0.4  # after which timing is not repeated
+_SECONDS: Final = 0.2  # after which timing is not repeated
 _chosen: dict[tuple[str, str, int, int, str], str] = {}
 _choosing = threading.Lock()
 

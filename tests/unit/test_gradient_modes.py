@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from fedfuse_client.data.cells import Record
 from fedfuse_client.data.tensors import RecordTensors
 from fedfuse_client.gradient_choice import FASTEST, choose, mode_for
 from fedfuse_client.gradient_modes import MODES, GhostClipping, Hooks, LayerRules, Microbatch, losses
-from fedfuse_client.gradient_proof import EXACT, TOLERANCE, Disproof, prove, reference
+from fedfuse_client.gradient_proof import Disproof, prove, reference
 from fedfuse_client.gradients import Dense
 from fedfuse_client.synthetic import microbatch, shaken
 from fedfuse_client.training import train_round
@@ -305,11 +304,6 @@ def test_without_any_mode_the_error_says_why_of_each():
     assert "no gradient mode gives this model's per-record gradients" in str(refused.value)
 
 
-def test_tolerances_are_what_the_margin_of_the_clip_norm_leaves():
-    assert EXACT < 2.0**-24 < TOLERANCE
-    assert math.log2(EXACT) == -30
-
-
 # --- choice
 
 
@@ -329,12 +323,8 @@ def test_the_choice_is_made_once_for_a_model_and_a_microbatch_and_logged(monkeyp
     assert "microbatches of 4" in caplog.text
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_a_mode_can_be_named(name):
-    assert mode_for(build_model(HEADS, 0), 8, name) is MODES[name]
-
-
 def test_a_named_mode_must_be_proven_too():
+    assert mode_for(build_model(HEADS, 0), 8, "ghost") is GhostClipping
     with pytest.raises(ConfigError, match="layers: cannot be applied"):
         choose(Toy(Scale()), *toy_batches(), "layers")
 
