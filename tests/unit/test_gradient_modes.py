@@ -91,8 +91,7 @@ def test_the_reference_is_autograd_of_each_record_alone():
     assert torch.allclose(made.sums, made.weights @ rows, rtol=1e-9, atol=1e-12)
     assert torch.equal(made.first, rows[0])
     assert (made.weights[1] == 0).any()
-    assert (made.norms > 0).all()
-    assert torch.equal(made.weights[0] > 0, torch.ones(6, dtype=torch.bool))
+    assert (made.weights[0] > 0).all()
 
 
 def test_synthetic_records_go_through_every_subset_and_leave_torchs_generator_alone():
@@ -358,10 +357,7 @@ def test_modes_are_ordered_by_the_time_they_take(monkeypatch):
 
 
 def train(model, gradients):
-    records = [
-        Record(i + 2, f"r{i}", "here", "train", i % 3, f"alpha {i} beta {i % 4}", None, None)
-        for i in range(20)
-    ]
+    records = [Record(i + 2, f"r{i}", "x", "train", i % 3, f"one {i}", None, None) for i in range(20)]
     privacy = RoundPrivacy(
         trust=Trust.SITE,
         sampling_rate=0.5,
