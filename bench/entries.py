@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import privacy
 import secagg
+import training
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,28 @@ ENTRIES = [
         1.1,
         lower_is_better=True,
         exact=secagg.memory_of_opening,
+    ),
+    *(
+        Entry(
+            f"P4.{name}",
+            f"DP-SGD step, {name}, 128 records, one thread",
+            "plain SGD step",
+            2,
+            lower_is_better=True,
+            pair=training.against_plain(name),
+        )
+        for name in training.MODELS
+    ),
+    *(
+        Entry(
+            f"P4h.{name}",
+            f"DP-SGD step, {name}, 128 records, one thread",
+            "Opacus 1.6.0, default hooks",
+            1,
+            lower_is_better=True,
+            pair=training.against_hooks(name),
+        )
+        for name in training.MODELS
     ),
     Entry(
         "P7",

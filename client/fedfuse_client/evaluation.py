@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fedfuse_client.microbatches import microbatches
 from fedfuse_shared.config.evaluation import Detail
 from fedfuse_shared.evaluation import Counts
 from fedfuse_shared.privacy.integer_noise import IntegerGaussian
@@ -22,19 +23,18 @@ if TYPE_CHECKING:
 def count(model: MultimodalClassifier, data: RecordTensors, offer: Offer, batch: int) -> Counts:
     """Return how many rows fall into each count of an offer, shape ``(offer.counts,)``; this is secret.
 
-    A row that cannot be used is in none. Batches have one shape, filled up with rows that do not count, so what is
-    predicted for a row does not depend on how many others there are.
+    A record that cannot be used is in none. What is predicted for one does not depend on who else is there: each has
+    its own row of a batch of one shape (``microbatches``).
     """
     classes = len(offer.model.classes)
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     rows = data.usable(range(len(data)))
     with torch.no_grad():
-        for start in range(0, len(rows), batch):
-            chosen = rows[start : start + batch]
-            shown = data.batch([*chosen, *([chosen[0]] * (batch - len(chosen)))])
+        for filled in microbatches(rows, data.places(batch), batch):
+            shown = data.batch(filled.rows)
             logits = model(shown["text"], shown["image"], shown["audio"], shown["present"])
-            pairs = shown["label"] * classes + logits.argmax(dim=1)
-            matrix += torch.bincount(pairs[: len(chosen)], minlength=classes**2).view(classes, classes)
+            pairs = (shown["label"] * classes + logits.argmax(dim=1))[torch.tensor(filled.counted)]
+            matrix += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
     if offer.evaluation is not None and offer.evaluation.detail is Detail.ACCURACY:
         right = int(matrix.diagonal().sum())
         return np.array([int(matrix.sum()) - right, right], dtype=np.int64)

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MICROBATCH = 128
+MICROBATCH = 64
 """Records whose gradients are held at once; changes memory and speed, never a result or a guarantee."""
+GRADIENTS = "fastest"
+"""How per-record gradients are computed: the fastest way proven for the model, or one by its name.
+
+Changes speed and the last bits of an update, never a guarantee; a name makes updates equal in every process."""
 
 
 class Learner:
@@ -101,6 +105,16 @@ class Learner:
             )
         return weights
 
+    def check_gradients(self, offer: Offer) -> None:
+        """Refuse a model whose per-record gradients cannot be had for certain; decided on synthetic records alone.
+
+        Raises:
+            ConfigError: a layer mixes records or keeps state, or no way to the gradients is proven.
+        """
+        from fedfuse_client.gradient_choice import mode_for  # noqa: PLC0415 - imports torch
+
+        mode_for(self._model_for(offer), MICROBATCH, GRADIENTS)
+
     def update(self, offer: Offer, weights: NDArray[np.float32]) -> Words:
         """Train from the global weights and return the quantised update and counts, shape ``(d + tail + counts,)``.
 
@@ -160,6 +174,7 @@ class Learner:
             training=offer.training,
             noise=NoiseSource.fresh(),
             microbatch=MICROBATCH,
+            gradients=GRADIENTS,
         )
 
     def _model_for(self, offer: Offer) -> MultimodalClassifier:

@@ -174,6 +174,7 @@ class Site:
         """Reserve, train, mask and write the receipt; return the masked vector."""
         offer = envelope.body
         weights = self._learner.check_weights(offer, parcel.vector)
+        self._learner.check_gradients(offer)
         session.accept_delivery(parcel.body)
         self._chain.reserve(self._policy, offer, self._learner.dataset(self._store), self._me.key)
         # From here on nothing may refuse or vary with the data (design page 2).

@@ -7,22 +7,23 @@
 3. The clipped gradients are summed in float64, get Gaussian noise of deviation ``noise_share * C`` from the CSPRNG on
    a common grid, and are divided by the public ``expected_batch_size``: never by the number drawn, and nothing else
    depends on how many records the site has.
-4. Microbatches have one fixed shape, filled up with rows that do not count, so a record's gradient does not depend on
-   how many others were drawn.
+4. Microbatches have one fixed shape and every record its own row in them (:mod:`microbatches`), so a record's
+   gradient does not depend by a single bit on who else was drawn, or on how many.
+5. Gradients come from a mode that was proven for the model on synthetic records (:mod:`gradient_choice`).
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
-from torch.nn import functional
 
-from fedfuse_client.gradients import PerRecord, RecordGradients
+from fedfuse_client.gradient_choice import FASTEST, mode_for
+from fedfuse_client.gradient_modes import GradientMode, Microbatch
+from fedfuse_client.microbatches import microbatches
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.models.weights import flatten
 from fedfuse_shared.privacy.noise import CLIP_MARGIN, NoiseSource
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedfuse_client.data.tensors import RecordTensors
+    from fedfuse_client.gradients import PerRecord
     from fedfuse_shared.config.federation import TrainingConfig
     from fedfuse_shared.models.classifier import MultimodalClassifier
     from fedfuse_shared.offer import RoundPrivacy
@@ -105,15 +107,18 @@ def train_round(
     training: TrainingConfig,
     noise: NoiseSource,
     microbatch: int,
+    gradients: str = FASTEST,
 ) -> NDArray[np.float32]:
     """Return the update of one round, new weights less old, ``(dimension,)``; the model given is left as it was.
 
     Raises:
-        ConfigError: weights of a precision that noise cannot be added to safely.
+        ConfigError: weights of a precision that noise cannot be added to safely, or a model for which the gradient
+            mode named in ``gradients``, or none, is proven.
     """
+    mode = mode_for(model, microbatch, gradients)
     before = flatten(model)
     trained = copy.deepcopy(model).train()
-    wrapped = RecordGradients(trained)
+    wrapped = mode(trained)
     optimizer = PrivateOptimizer(
         torch.optim.SGD(trained.parameters(), lr=training.step_size(privacy.noise_share)),
         clip=privacy.clip,
@@ -129,20 +134,15 @@ def train_round(
 
 
 def accumulate(
-    wrapped: RecordGradients,
+    mode: GradientMode,
     optimizer: PrivateOptimizer,
     data: RecordTensors,
     drawn: Sequence[int],
     microbatch: int,
 ) -> None:
-    """Add the clipped gradients of the records drawn, in microbatches of one shape."""
-    for start in range(0, len(drawn), microbatch):
-        rows = drawn[start : start + microbatch]
-        batch = data.batch([*rows, *([rows[0]] * (microbatch - len(rows)))])
-        logits = wrapped(batch["text"], batch["image"], batch["audio"], batch["present"])
-        loss = functional.cross_entropy(logits, batch["label"], reduction="sum")
-        with warnings.catch_warnings():
-            # Features need no gradient, and torch remarks on it at every backward pass.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.clip_and_accumulate(wrapped.take(), torch.arange(microbatch) < len(rows))
+    """Add the clipped gradients of the records drawn, in microbatches of one shape, each record in its own row."""
+    for filled in microbatches(drawn, data.places(microbatch), microbatch):
+        batch = data.batch(filled.rows)
+        inputs = (batch["text"], batch["image"], batch["audio"], batch["present"])
+        gradients = mode.gradients(Microbatch(inputs, batch["label"]))
+        optimizer.clip_and_accumulate(gradients, torch.tensor(filled.counted))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fedfuse_client.data.decoding import decode_audio, decode_image, decode_text
+from fedfuse_client.microbatches import row_of
 from fedfuse_shared.config.base import Modality
 from fedfuse_shared.errors import DataError
 from fedfuse_shared.models.classifier import MODALITIES
@@ -57,9 +58,16 @@ class RecordTensors(Dataset[Batch]):
         self._labels = torch.tensor([record.label for record in self._records], dtype=torch.int64)
         self._done = bytearray(count)
         self._broken: dict[int, DataError] = {}
+        self._places: dict[int, tuple[int, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def places(self, size: int) -> tuple[int, ...]:
+        """Return the row every record takes in microbatches of a size, by index (``microbatches``)."""
+        if len(self._places.get(size, ())) != len(self._records):
+            self._places[size] = tuple(row_of(record.id, size) for record in self._records)
+        return self._places[size]
 
     def __getitem__(self, index: int) -> Batch:
         """Return one record's features, without a batch axis.

@@ -83,7 +83,7 @@ class MultimodalClassifier(nn.Module):
             present: Which of text, image, audio each record has, ``(batch, 3)`` bool.
         """
         inputs = dict(zip(MODALITIES, (text, image, audio), strict=True))
-        there = present.to(torch.float32)
+        there = present.to(self.prior.weight.dtype)
         masks = {m: there[:, index : index + 1] for index, m in enumerate(MODALITIES)}
         encoded = {m: self.encoders[m.value](inputs[m]) for m in self.modalities}
         return self.fusion(encoded, masks) + self.prior(torch.ones_like(there[:, :1]))  # type: ignore[no-any-return]
