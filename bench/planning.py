@@ -28,17 +28,19 @@ ROUNDS_MEASURED = 10
 CLIPS = (0.25, 0.5, 1.0, 2.0, 4.0)
 SETTINGS = (
     # epsilon, rounds, sampling rate, clip
-    (1.0, 10, 0.5, 1.0),
+    (1.0, 10, 1.0, 1.0),
     (1.0, 40, 0.5, 1.0),
-    (1.0, 160, 0.5, 1.0),
-    (1.0, 40, 0.1, 1.0),
-    (1.0, 40, 1.0, 1.0),
+    (1.0, 160, 0.1, 1.0),
     (1.0, 10, 0.1, 1.0),
     (1.0, 40, 0.5, 4.0),
-    (1.0, 80, 0.5, 1.0),
-    (1.0, 20, 0.5, 1.0),
-    (1.0, 160, 0.1, 1.0),
-    (1.0, 40, 0.5, 0.25),
+    (1.0, 40, 0.1, 1.0),
+    (1.0, 160, 0.5, 1.0),
+    (1.0, 10, 0.5, 1.0),
+    (3.0, 10, 0.1, 1.0),
+    (3.0, 40, 0.1, 1.0),
+    (3.0, 40, 0.5, 1.0),
+    (3.0, 10, 1.0, 1.0),
+    (8.0, 40, 0.5, 1.0),
 )
 
 
@@ -123,12 +125,24 @@ def measure() -> None:
             keep(row)
             updates = [
                 train_round(
-                    model, data, privacy=round_privacy(config.privacy), training=config.training,
-                    noise=NoiseSource.fresh(), microbatch=128,
+                    model,
+                    data,
+                    privacy=round_privacy(config.privacy),
+                    training=config.training,
+                    noise=NoiseSource.fresh(),
+                    microbatch=128,
                 )
                 for data in tensors.values()
             ]
             server.apply(np.mean(updates, axis=0).astype(np.float32), config.aggregation)
+
+
+def planned_rate(epsilon, rounds, q, clip, batch):
+    from fedfuse_shared.privacy.calibration import noise_multiplier
+
+    sigma = noise_multiplier(epsilon, 1e-5, q, rounds)
+    one = sigma * clip * rounds**0.5 / (batch * 6**0.5) * 2 * 10**0.5
+    return min(4.0 / clip, 1.0 / one) / min(1.0, 2.0 / sigma)
 
 
 def keep(row: dict[str, object]) -> None:
@@ -145,7 +159,9 @@ def known() -> list[dict[str, object]]:
 
 def validate(seeds: int) -> None:
     """Run what is missing of the settings; the public divisor goes with q, so that a record's step stays as long."""
-    done = {(r["epsilon"], r["rounds"], r["q"], r["clip"], r["seed"]) for r in known() if r["kind"] == "run"}
+    done = {
+        (r["epsilon"], r["rounds"], r["q"], r["clip"], r["seed"]) for r in known() if r["kind"] == "planned"
+    }
     fedfuse = Path(sys.executable).with_name("fedfuse")
     with tempfile.TemporaryDirectory() as place:
         data = validation_folder(Path(place) / "digits")
@@ -155,7 +171,8 @@ def validate(seeds: int) -> None:
                     continue
                 batch = max(1, round(256 * q))
                 privacy = {"sampling_rate": q, "expected_batch_size": batch, "clip": clip}
-                training = {"learning_rate": 4.0 / clip}
+                rate = planned_rate(epsilon, rounds, q, clip, batch)
+                training = {"learning_rate": rate}
                 file = Path(place) / "settings.toml"
                 file.write_text(tomli_w.dumps({"privacy": privacy, "training": training}))
                 out = Path(place) / f"{seed}-{number}"
@@ -166,13 +183,24 @@ def validate(seeds: int) -> None:
                     sys.exit(ended.stderr)
                 found = json.loads(ended.stdout)
                 row = {
-                    "kind": "run", "epsilon": epsilon, "rounds": rounds, "q": q, "clip": clip, "seed": seed,
-                    "batch": batch, "accuracy": found["accuracy"], "complete": found["accuracy_complete"],
-                    "subsets": found["subsets"], "seconds": found["seconds"],
+                    "kind": "planned",
+                    "learning_rate": rate,
+                    "epsilon": epsilon,
+                    "rounds": rounds,
+                    "q": q,
+                    "clip": clip,
+                    "seed": seed,
+                    "batch": batch,
+                    "accuracy": found["accuracy"],
+                    "complete": found["accuracy_complete"],
+                    "subsets": found["subsets"],
+                    "seconds": found["seconds"],
                 }
                 keep(row)
                 print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    {"measure": measure, "validate": lambda: validate(int(sys.argv[2]) if len(sys.argv) > 2 else 1)}[sys.argv[1]]()
+    {"measure": measure, "validate": lambda: validate(int(sys.argv[2]) if len(sys.argv) > 2 else 1)}[
+        sys.argv[1]
+    ]()
