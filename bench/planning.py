@@ -1,8 +1,8 @@
 """How well `fedfuse plan` predicts: its assumptions measured, and its ranking against whole simulated runs.
 
-    .venv/bin/python bench/planning.py measure     alignment and gradient norms over the first rounds of training
-    .venv/bin/python bench/planning.py validate    runs of `fedfuse simulate`; a minute or two each
-    .venv/bin/python bench/planning.py table       rank correlation of what has been run
+    .venv/bin/python bench/planning.py measure digits    cosines over the first rounds of training; or stamps
+    .venv/bin/python bench/planning.py validate          runs of `fedfuse simulate`; a minute or two each
+    .venv/bin/python bench/planning.py table             prediction beside outcome, rank correlation
 
 Both use training rows alone: a fifth of them, by site and class, stands in for the test rows, which are left out, so
 that no default is chosen on what the README's figures are scored with. Results: bench/results/planning.jsonl.
@@ -23,11 +23,14 @@ import tomli_w
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "planning.jsonl"
-DATA = Path(os.environ.get("FEDFUSE_DATA", HERE.parents[1] / "shared" / "data")) / "digits"
+DATA = Path(os.environ.get("FEDFUSE_DATA", HERE.parents[1] / "shared" / "data"))
 ROUNDS_MEASURED = 10
 CLIPS = (0.25, 0.5, 1.0, 2.0, 4.0)
 SETTINGS = (
     # epsilon, rounds, sampling rate, clip
+    (1.0, 5, 1.0, 1.0),
+    (1.0, 2, 1.0, 1.0),
+    (3.0, 2, 1.0, 1.0),
     (1.0, 10, 1.0, 1.0),
     (1.0, 40, 0.5, 1.0),
     (1.0, 160, 0.1, 1.0),
@@ -44,9 +47,9 @@ SETTINGS = (
 )
 
 
-def validation_folder(folder: Path) -> Path:
+def validation_folder(name: str, folder: Path) -> Path:
     """Write a data folder of the training rows, every fifth of a site and class held out as its test rows."""
-    with (DATA / "manifest.csv").open(newline="", encoding="utf-8") as file:
+    with (DATA / name / "manifest.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
     seen: Counter[tuple[str, str, bool, bool, bool]] = Counter()
     for row in rows:
@@ -54,9 +57,9 @@ def validation_folder(folder: Path) -> Path:
         row["split"] = "test" if seen[kind] % 5 == 4 else "train"
         seen[kind] += 1
     folder.mkdir(parents=True)
-    (folder / "dataset.toml").write_bytes((DATA / "dataset.toml").read_bytes())
+    (folder / "dataset.toml").write_bytes((DATA / name / "dataset.toml").read_bytes())
     for kind in ("images", "audio"):  # links would lead out of the folder, which is refused
-        subprocess.run(["cp", "-r", str(DATA / kind), str(folder / kind)], check=True)
+        subprocess.run(["cp", "-r", str(DATA / name / kind), str(folder / kind)], check=True)
     with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
@@ -64,8 +67,11 @@ def validation_folder(folder: Path) -> Path:
     return folder
 
 
-def measure() -> None:
-    """Print, per segment, the norm of the mean clipped gradient over the clip, on rows that have the modality."""
+def measure(name: str) -> None:
+    """Print, per modality, the cosine between a record's clipped gradient and the mean over complete rows.
+
+    The rows are all training rows that have every modality; between two looks the model goes through a real round.
+    """
     import numpy as np
     import torch
 
@@ -75,54 +81,46 @@ def measure() -> None:
     from fedfuse_client.training import PrivateOptimizer, accumulate, train_round
     from fedfuse_server.optimiser import GlobalModel
     from fedfuse_server.plan import resolve, round_privacy
-    from fedfuse_shared.models import MODALITIES, build_model, flatten, layout, load_flat
+    from fedfuse_shared.models import build_model, flatten, layout, load_flat
     from fedfuse_shared.privacy.noise import NoiseSource
+    from fedfuse_simulations.plan_population import Holding, population
     from fedfuse_simulations.settings import complete
-
-    class Norms(PrivateOptimizer):
-        """Remembers each record's unclipped norm."""
-
-        seen: list[torch.Tensor]
-
-        def clip_and_accumulate(self, gradients, counted):  # type: ignore[no-untyped-def]
-            norms = torch.stack([g.squared_norms() for g in gradients]).sum(dim=0).sqrt()
-            self.seen.append(norms[counted])
-            super().clip_and_accumulate(gradients, counted)
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        dataset = load_dataset(validation_folder(Path(place) / "digits"))
+        dataset = load_dataset(validation_folder(name, Path(place) / name))
         config = resolve(complete({"privacy": {"epsilon": 3.0}}, dataset.info))
-        sites = {s: dataset.select(s, "train") for s in dataset.sites()}
-        tensors = {s: RecordTensors(dataset.folder, rows, config.model) for s, rows in sites.items()}
-        everything = RecordTensors(dataset.folder, dataset.select(split="train"), config.model)
-        model = build_model(config.model, 0)
-        server = GlobalModel(flatten(model))
-        segments = layout(model)
         records = dataset.select(split="train")
-        share = {m: sum(getattr(r, m) is not None for r in records) / len(records) for m in MODALITIES}
+        whole = [r for r in records if all(getattr(r, m.value) is not None for m in dataset.info.modalities)]
+        everything = RecordTensors(dataset.folder, whole, config.model)
+        sites = [
+            RecordTensors(dataset.folder, dataset.select(s, "train"), config.model) for s in dataset.sites()
+        ]
+        model = build_model(config.model, 0)
+        server, segments = GlobalModel(flatten(model)), layout(model)
+        parts = population(Holding(len(sites), (1,), {}), config, len(sites)).parts
+        share = {part.name: part.clip_share for part in parts}
         for number in range(ROUNDS_MEASURED):
             load_flat(model, server.weights)
-            row: dict[str, object] = {"kind": "alignment", "round": number + 1, "epsilon": 3.0}
-            for clip in CLIPS:
+            row: dict[str, object] = {"kind": "cosine", "data": name, "round": number + 1}
+            for clip in (1.0, 4.0):
                 wrapped = RecordGradients(build_model(config.model, 0).train())
                 load_flat(wrapped._module, server.weights)
                 sgd = torch.optim.SGD(wrapped.parameters(), lr=1.0)
-                optimizer = Norms(sgd, clip=clip, multiplier=1.0, batch=1, noise=NoiseSource.fresh())
-                optimizer.seen = []
+                optimizer = PrivateOptimizer(
+                    sgd, clip=clip, multiplier=1.0, batch=1, noise=NoiseSource.fresh()
+                )
                 accumulate(wrapped, optimizer, everything, everything.usable(range(len(everything))), 128)
                 total = torch.cat([p.summed_grad.flatten() for p in optimizer.params]).numpy()
                 start, found = 0, {}
                 for segment in segments:
-                    part = total[start : start + segment.size]
-                    start += segment.size
-                    present = share[segment.modality] if segment.modality else 1.0
-                    found[segment.name] = float(np.linalg.norm(part)) / (clip * len(records) * present)
-                norms = torch.cat(optimizer.seen).numpy()
-                row[f"clip {clip:g}"] = found
-                row["norms"] = [float(x) for x in np.quantile(norms, (0.1, 0.5, 0.9))]
-            print(json.dumps(row), flush=True)
+                    part, start = total[start : start + segment.size], start + segment.size
+                    if segment.modality is not None:
+                        norm = float(np.linalg.norm(part)) / (clip * len(whole))
+                        found[segment.modality.value] = norm / share[segment.modality.value]
+                row["cosine" if clip == 1 else "of clip 4"] = found
             keep(row)
+            print(json.dumps(row), flush=True)
             updates = [
                 train_round(
                     model,
@@ -132,17 +130,37 @@ def measure() -> None:
                     noise=NoiseSource.fresh(),
                     microbatch=128,
                 )
-                for data in tensors.values()
+                for data in sites
             ]
             server.apply(np.mean(updates, axis=0).astype(np.float32), config.aggregation)
 
 
-def planned_rate(epsilon, rounds, q, clip, batch):
+def planned(epsilon: float, rounds: int, q: float, clip: float) -> dict[str, float]:
+    """Return what `fedfuse plan` says of a schedule: its learning rate, divisor, and predicted signal."""
+    from fedfuse_server.plan import cohort
+    from fedfuse_shared.config.base import Modality
     from fedfuse_shared.privacy.calibration import noise_multiplier
+    from fedfuse_shared.privacy.planning import Schedule, forecast
+    from fedfuse_simulations.plan_forecast import planned_rate
+    from fedfuse_simulations.plan_population import Holding, population
+    from fedfuse_simulations.settings import complete
 
-    sigma = noise_multiplier(epsilon, 1e-5, q, rounds)
-    one = sigma * clip * rounds**0.5 / (batch * 6**0.5) * 2 * 10**0.5
-    return min(4.0 / clip, 1.0 / one) / min(1.0, 2.0 / sigma)
+    shares = {Modality.TEXT: 0.75, Modality.IMAGE: 0.875, Modality.AUDIO: 0.625}
+    config = complete({"privacy": {"epsilon": epsilon}}, None)
+    names = tuple(map(str, range(10)))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"classes": names})})
+    people = population(Holding(6, (512,), shares), config, cohort(config, 6))
+    schedule = Schedule(rounds, 1, q, max(1, round(256 * q)), clip)
+    found = forecast(schedule, noise_multiplier(epsilon, 1e-5, q, rounds), people)
+    rate = planned_rate(config, people, found)
+    assert rate is not None
+    text = found.total(found.parts[0])
+    return {
+        "learning_rate": rate,
+        "batch": schedule.expected_batch_size,
+        "signal": found.budget,
+        "text": text,
+    }
 
 
 def keep(row: dict[str, object]) -> None:
@@ -164,14 +182,14 @@ def validate(seeds: int) -> None:
     }
     fedfuse = Path(sys.executable).with_name("fedfuse")
     with tempfile.TemporaryDirectory() as place:
-        data = validation_folder(Path(place) / "digits")
+        data = validation_folder("digits", Path(place) / "digits")
         for seed in range(seeds):
             for number, (epsilon, rounds, q, clip) in enumerate(SETTINGS):
                 if (epsilon, rounds, q, clip, seed) in done:
                     continue
-                batch = max(1, round(256 * q))
+                said = planned(epsilon, rounds, q, clip)
+                batch, rate = int(said["batch"]), said["learning_rate"]
                 privacy = {"sampling_rate": q, "expected_batch_size": batch, "clip": clip}
-                rate = planned_rate(epsilon, rounds, q, clip, batch)
                 training = {"learning_rate": rate}
                 file = Path(place) / "settings.toml"
                 file.write_text(tomli_w.dumps({"privacy": privacy, "training": training}))
@@ -200,7 +218,34 @@ def validate(seeds: int) -> None:
                 print(json.dumps(row), flush=True)
 
 
+def table() -> None:
+    """Print each planned run beside its prediction, and the rank correlation over settings at one epsilon."""
+    from scipy.stats import spearmanr
+
+    rows = [r for r in known() if r["kind"] == "planned"]
+    for epsilon in sorted({r["epsilon"] for r in rows}):
+        chosen: dict[tuple[int, float, float], list[dict[str, object]]] = {}
+        for r in rows:
+            if r["epsilon"] == epsilon:
+                chosen.setdefault((r["rounds"], r["q"], r["clip"]), []).append(r)
+        found = []
+        for (rounds, q, clip), runs in chosen.items():
+            said = planned(epsilon, rounds, q, clip)
+            accuracy = sum(float(str(r["accuracy"])) for r in runs) / len(runs)
+            text = sum(float(str(r["subsets"]["text"])) for r in runs) / len(runs)
+            found.append((said["signal"], accuracy, rounds, q, clip, len(runs), said["text"], text))
+        for signal, accuracy, rounds, q, clip, seeds, felt, text in sorted(found, reverse=True):
+            print(
+                f"epsilon {epsilon:g}: {rounds:3d} rounds q {q:<4g} clip {clip:<4g} signal {signal:5.2f} "
+                f"accuracy {accuracy:.3f} ({seeds} runs); text: signal {felt:.2f} accuracy {text:.3f}"
+            )
+        if len(found) > 3:
+            rho = spearmanr([f[0] for f in found], [f[1] for f in found]).statistic
+            print(f"epsilon {epsilon:g}: rank correlation {rho:.2f} over {len(found)} settings")
+
+
 if __name__ == "__main__":
-    {"measure": measure, "validate": lambda: validate(int(sys.argv[2]) if len(sys.argv) > 2 else 1)}[
-        sys.argv[1]
-    ]()
+    {
+        "measure": lambda: measure(sys.argv[2]),
+        "validate": lambda: validate(int(sys.argv[2]) if len(sys.argv) > 2 else 1),
+    }[sys.argv[1]]()

@@ -106,7 +106,7 @@ def make_plan(asked: Asked, *, quiet: bool) -> Found:
     people = replace(people, parts=parts)
     given = _schedule(config)
     found = _calibrated(config, people, given, quiet=quiet)
-    possible = {f.schedule: Choice(f, _rate(config, people, f)) for f in found}
+    possible = {f.schedule: Choice(f, planned_rate(config, people, f)) for f in found}
     carried = {s: choice for s, choice in possible.items() if s == given or _fits(config, choice, size)}
     order = ranked([choice.found for choice in carried.values()], given)
     mine = carried[given]
@@ -205,8 +205,8 @@ def _calibrated(config: RunConfig, people: Population, given: Schedule, *, quiet
         total = len({(s.sampling_rate, s.steps) for s in schedules})
         task = bar.add_task("calibrating the noise", total=total)
 
-        def calibrate(rate: float, steps: int) -> float:
-            sigma = noise_multiplier(privacy.epsilon, privacy.delta, rate, steps)
+        def calibrate(rate: float, steps: int, near: float | None) -> float:
+            sigma = noise_multiplier(privacy.epsilon, privacy.delta, rate, steps, near=near)
             bar.advance(task)
             return sigma
 
@@ -227,7 +227,7 @@ def _logit_noise(config: RunConfig, people: Population, found: Forecast) -> floa
     return None if gain is None else noise_of_logit(found, people, step=step, gain=gain)
 
 
-def _rate(config: RunConfig, people: Population, found: Forecast) -> float | None:
+def planned_rate(config: RunConfig, people: Population, found: Forecast) -> float | None:
     """Return the learning rate a schedule is predicted with.
 
     Its largest step is the settings' own, in proportion to the clip: gradients clipped to half are half as long.

@@ -1,4 +1,4 @@
-"""Whose records a plan is about: from options or a data folder, and the model's parts with what is assumed of them."""
+"""Whose records a plan is about, from options or a data folder, and what is assumed of the model's parts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fedfuse_shared.errors import ConfigError, DataError
 from fedfuse_shared.privacy.planning import Part, Population
 
 SEPARATION: Final = {
-    "hashed-words": 0.20,
-    "oriented-gradients": 0.42,
+    "hashed-words": 0.14,
+    "oriented-gradients": 0.37,
     "spectral-shape": 0.41,
 }
-"""How far class means lie from the mean of all features, over a feature's norm: measured on digits, bench/README.md."""
+"""How far class means lie from the mean of all features, over a feature's norm: see bench/README.md (digits)."""
 UNMEASURED: Final = 0.3
 """The same for encoders that were not measured: a guess, and the plan says so."""
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from fedfuse_shared.privacy.planning import (
     NOISE_OF_A_LOGIT,
     TOLERANCE,
+    Forecast,
     noise_of_site,
     noise_of_sum,
 )
@@ -21,9 +22,8 @@ DROWNS: Final = 1.0
 """Signal over noise that a record feels over all steps, below which a modality is taken to drown."""
 
 
-def drowning(found: Found, choice: Choice) -> list[str]:
+def drowning(forecast: Forecast) -> list[str]:
     """Return the modalities whose signal is smaller than the noise over a whole schedule."""
-    forecast = choice.found
     return [p.part.name for p in forecast.parts if forecast.total(p) < DROWNS]
 
 
@@ -79,7 +79,7 @@ def _choice_json(found: Found, choice: Choice) -> dict[str, Any]:
         "budget": forecast.budget,
         "bytes_up_all_rounds": found.bytes_up * schedule.rounds,
         "drawn_all_steps": found.people.records * schedule.sampling_rate * schedule.steps,
-        "drowns": drowning(found, choice),
+        "drowns": drowning(forecast),
         "modalities": {
             p.part.name: {
                 "coordinates": p.part.size,
@@ -150,11 +150,11 @@ def _modality_table(found: Found) -> Table:
 
 
 def _print_warnings(console: Console, found: Found) -> None:
-    names = drowning(found, found.given)
+    names = drowning(found.given.found)
     for name in names:
         console.print(
-            f"{name} drowns: over all steps a record feels less of its signal than of its noise. Leave it out "
-            f"(remove model.encoders.{name}) or weigh it down (model.encoders.{name}.weight).",
+            f"{name} drowns: over all steps a record feels less of its signal than of its noise. Leave it out (name "
+            f"only the others under model.encoders) or weigh it down (model.encoders.{name}.weight).",
             style="bold red",
         )
     if names and len(names) == len(found.given.found.parts):
@@ -183,8 +183,8 @@ def _alternative_table(found: Found) -> Table:
             style="bold" if choice is found.best else None,
         )
     table.caption = (
-        "q: sampling rate; rate: training.learning_rate that belongs to it; step, signal: what a complete record feels "
-        "in one step and over all; MB up: masked vectors of one site, all rounds\n* recommended  > as asked"
+        "q: sampling rate; rate: training.learning_rate that belongs to it; step, signal: what a complete record "
+        "feels in one step and over all; MB up: masked vectors of one site, all rounds\n* recommended  > as asked"
     )
     table.caption_justify = "left"
     return table
@@ -208,7 +208,7 @@ def _print_advice(console: Console, found: Found) -> None:
     schedule, top = best.found.schedule, found.choices[0].found.budget
     if best is given:
         console.print(
-            f"[bold]Keep the schedule.[/bold] It is the cheapest within {TOLERANCE:.0%} of the best signal."
+            f"[bold]Keep the schedule.[/bold] It has the fewest rounds within {TOLERANCE:.0%} of the best signal."
         )
     else:
         gain = best.found.budget / given.found.budget - 1
@@ -244,18 +244,18 @@ def _settings_text(found: Found, best: Choice) -> str:
 def _clip_text(found: Found) -> str:
     clip, norm = found.config.privacy.clip, found.people.gradient_norm
     if clip > norm:
-        return (
-            f"Clip {clip:g} is above the norm of a gradient, about {norm:.2g}: it adds noise and no signal."
-        )
-    return f"Any clip up to a gradient's norm, about {norm:.2g}, leaves the same signal; a larger one only adds noise."
+        return f"Clip {clip:g} is above a gradient's norm, about {norm:.2g}: it adds noise and no signal."
+    return (
+        f"Any clip up to a gradient's norm, about {norm:.2g}, leaves the same signal; more only adds noise."
+    )
 
 
 def _cost_text(found: Found) -> str:
     schedule = found.given.found.schedule
     drawn = found.people.records * schedule.sampling_rate * schedule.steps_per_round
     return (
-        f"A round as asked: {found.bytes_up:,} bytes of masked vector up from each site, {drawn:,.0f} gradients there "
-        "on average."
+        f"A round as asked: {found.bytes_up:,} bytes of masked vector up from each site, {drawn:,.0f} gradients "
+        "there on average."
     )
 
 
@@ -263,10 +263,10 @@ def _print_assumptions(console: Console, found: Found) -> None:
     cosines = ", ".join(f"{part.name} {part.cosine:.2g}" for part in found.people.parts)
     logit = found.given_logit_noise
     console.print(
-        f"\nAssumed, not measured on these records (that would spend privacy): a record's gradient and the mean one "
-        f"have the cosine {cosines} (from the digits data; --alignment scales it); a gradient's norm before clipping is "
-        f"{found.people.gradient_norm:.2g}; neither changes while the model learns; classes are balanced. It compares "
-        "schedules and promises no accuracy."
+        "\nAssumed, not measured on these records (that would spend privacy): a record's gradient and the mean one "
+        f"have the cosine {cosines} (from digits; --alignment scales it); a gradient's norm before clipping is "
+        f"{found.people.gradient_norm:.2g}; neither changes while the model learns; classes are balanced. The plan "
+        "compares schedules and promises no accuracy."
     )
     if logit is None:
         console.print("No learning rate is predicted for an adaptive server optimiser.")

@@ -18,7 +18,7 @@ drawing records. The formulas compare schedules on the same data; they do not pr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,8 +30,8 @@ Measured (bench/README.md): accuracy is flat from about 0.7 to 1.4 and falls on 
 TOLERANCE: Final = 0.03
 """Share of the best signal that is given up for fewer rounds: less than what two seeds differ by."""
 
-Calibrate = Callable[[float, int], float]
-"""From a sampling rate and a number of steps to the noise multiplier, at one epsilon and delta."""
+Calibrate = Callable[[float, int, float | None], float]
+"""From a sampling rate, a number of steps and a guess to the noise multiplier, at one epsilon and delta."""
 
 
 def noise_of_site(sigma: float, clip: float, honest: int = 1) -> float:
@@ -169,12 +169,12 @@ def planned_step(found: Forecast, population: Population, *, largest: float, gai
 
 
 def alternatives(given: Schedule) -> tuple[Schedule, ...]:
-    """Return a schedule and its neighbours: rounds from a quarter to fourfold, half to double q, and half to double C.
+    """Return a schedule and its neighbours: a quarter to double the rounds, half to double q and C.
 
     The public divisor keeps its proportion to q, so nothing new about a record count is in it.
     """
     found = dict.fromkeys([given])
-    for rounds in dict.fromkeys(max(1, given.rounds * f // 4) for f in (4, 1, 2, 8, 16)):
+    for rounds in dict.fromkeys(max(1, given.rounds * f // 4) for f in (4, 2, 1, 8)):
         for rate in dict.fromkeys(min(1.0, given.sampling_rate * f) for f in (1.0, 0.5, 2.0)):
             batch = max(1, round(given.expected_batch_size * rate / given.sampling_rate))
             for clip in (given.clip, given.clip / 2, given.clip * 2):
@@ -190,13 +190,23 @@ def forecast_all(
     for schedule in schedules:
         key = schedule.sampling_rate, schedule.steps
         if key not in known:
-            known[key] = calibrate(*key)
+            known[key] = calibrate(*key, _guess(known, *key))
         yield forecast(schedule, known[key], population)
+
+
+def _guess(known: Mapping[tuple[float, int], float], rate: float, steps: int) -> float | None:
+    """Return about what noise a schedule needs: it grows as q and the root of T, more slowly where q T is small."""
+    if not known:
+        return None
+    near = min(known, key=lambda k: abs(math.log(k[0] / rate)) + abs(math.log(k[1] / steps)))
+    return known[near] * rate / near[0] * math.sqrt(steps / near[1])
 
 
 def ranked(found: Sequence[Forecast], given: Schedule) -> list[Forecast]:
     """Return predictions by falling signal budget; ties go to fewer rounds, less sampling, and the given clip."""
-    return sorted(found, key=lambda f: (-_coarse(f.budget), *_cost(f.schedule, given)))
+    best = max((f.budget for f in found), default=1.0)
+    # To a thousandth of the best: what differs by less, as by the last digit of a multiplier, ties.
+    return sorted(found, key=lambda f: (-round(f.budget / best, 3), *_cost(f.schedule, given)))
 
 
 def recommended(found: Sequence[Forecast], given: Schedule) -> Forecast:
@@ -211,8 +221,3 @@ def recommended(found: Sequence[Forecast], given: Schedule) -> Forecast:
 
 def _cost(schedule: Schedule, given: Schedule) -> tuple[int, float, bool, float]:
     return schedule.rounds, schedule.sampling_rate, schedule.clip != given.clip, schedule.clip
-
-
-def _coarse(budget: float) -> float:
-    """Return a budget to nine digits: what differs in rounding errors alone ties."""
-    return float(f"{budget:.9g}")
