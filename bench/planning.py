@@ -141,7 +141,7 @@ def planned(epsilon: float, rounds: int, q: float, clip: float) -> dict[str, flo
     from fedfuse_shared.config.base import Modality
     from fedfuse_shared.privacy.calibration import noise_multiplier
     from fedfuse_shared.privacy.planning import Schedule, forecast
-    from fedfuse_simulations.plan_forecast import planned_rate
+    from fedfuse_simulations.plan_forecast import logit_noise, planned_rate
     from fedfuse_simulations.plan_population import Holding, population
     from fedfuse_simulations.settings import complete
 
@@ -155,6 +155,7 @@ def planned(epsilon: float, rounds: int, q: float, clip: float) -> dict[str, flo
     rate = planned_rate(config, people, found)
     assert rate is not None
     text = found.total(found.parts[0])
+    travel = found.budget * (logit_noise(config, people, found, rate) or 0.0)
     return {
         "learning_rate": rate,
         "batch": schedule.expected_batch_size,
@@ -233,10 +234,21 @@ def table() -> None:
             said = planned(epsilon, rounds, q, clip)
             accuracy = sum(float(str(r["accuracy"])) for r in runs) / len(runs)
             text = sum(float(str(r["subsets"]["text"])) for r in runs) / len(runs)
-            found.append((said["signal"], accuracy, rounds, q, clip, len(runs), said["text"], text))
-        for signal, accuracy, rounds, q, clip, seeds, felt, text in sorted(found, reverse=True):
+            figures = (
+                said["signal"],
+                accuracy,
+                rounds,
+                q,
+                clip,
+                len(runs),
+                said["text"],
+                text,
+                said["travel"],
+            )
+            found.append(figures)
+        for signal, accuracy, rounds, q, clip, seeds, felt, text, travel in sorted(found, reverse=True):
             print(
-                f"epsilon {epsilon:g}: {rounds:3d} rounds q {q:<4g} clip {clip:<4g} signal {signal:5.2f} "
+                f"epsilon {epsilon:g}: {rounds:3d} rounds q {q:<4g} clip {clip:<4g} signal {signal:5.2f} travel {travel:4.2f} "
                 f"accuracy {accuracy:.3f} ({seeds} runs); text: signal {felt:.2f} accuracy {text:.3f}"
             )
         if len(found) > 3:

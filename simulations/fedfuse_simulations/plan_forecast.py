@@ -105,6 +105,12 @@ def make_plan(asked: Asked, *, quiet: bool) -> Found:
     parts = tuple(replace(part, cosine=min(1.0, part.cosine * asked.alignment)) for part in people.parts)
     people = replace(people, parts=parts)
     given = _schedule(config)
+
+    def travel(forecast: Forecast) -> float:
+        noise = logit_noise(config, people, forecast, planned_rate(config, people, forecast))
+        # An adaptive optimiser makes every round's step about as long.
+        return forecast.schedule.rounds if noise is None else forecast.budget * noise
+
     found = _calibrated(config, people, given, quiet=quiet)
     possible = {f.schedule: Choice(f, planned_rate(config, people, f)) for f in found}
     carried = {s: choice for s, choice in possible.items() if s == given or _fits(config, choice, size)}
@@ -118,11 +124,11 @@ def make_plan(asked: Asked, *, quiet: bool) -> Found:
         holding=holding,
         people=people,
         given=mine,
-        given_logit_noise=_logit_noise(config, people, mine.found),
+        given_logit_noise=logit_noise(config, people, mine.found, config.training.learning_rate),
         epsilon_pld=accountant.epsilon([charge], config.privacy.delta),
         epsilon_rdp=accountant.epsilon_rdp([charge], config.privacy.delta),
         choices=tuple(carried[f.schedule] for f in order),
-        best=carried[recommended(order, given).schedule],
+        best=carried[recommended(order, given, travel).schedule],
         refused=len(possible) - len(carried),
         bytes_up=packed_size(dimension + tail, config.secure_aggregation.ring_bits),
         unmeasured=tuple(e.name for e in config.model.encoders.values() if e.name not in SEPARATION),
@@ -221,10 +227,13 @@ def _gain(config: RunConfig) -> float | None:
     return server.learning_rate / (1 - server.momentum)
 
 
-def _logit_noise(config: RunConfig, people: Population, found: Forecast) -> float | None:
+def logit_noise(config: RunConfig, people: Population, found: Forecast, rate: float | None) -> float | None:
+    """Return how far a schedule's noise moves a logit at a learning rate; none for an adaptive optimiser."""
     gain = _gain(config)
-    step = config.training.step_size(found.sigma)
-    return None if gain is None else noise_of_logit(found, people, step=step, gain=gain)
+    if gain is None or rate is None:
+        return None
+    training = config.training.model_copy(update={"learning_rate": rate})
+    return noise_of_logit(found, people, step=training.step_size(found.sigma), gain=gain)
 
 
 def planned_rate(config: RunConfig, people: Population, found: Forecast) -> float | None:

@@ -208,15 +208,15 @@ def _print_advice(console: Console, found: Found) -> None:
     schedule, top = best.found.schedule, found.choices[0].found.budget
     if best is given:
         console.print(
-            f"[bold]Keep the schedule.[/bold] It has the fewest rounds within {TOLERANCE:.0%} of the best signal."
+            "[bold]Keep the schedule.[/bold] No shorter one has about the best signal and trains as far."
         )
     else:
         gain = best.found.budget / given.found.budget - 1
         console.print(
             f"[bold]Recommended: {schedule.rounds} rounds, q {schedule.sampling_rate:g}, batch "
             f"{schedule.expected_batch_size}, clip {schedule.clip:g}.[/bold] Fewest rounds within {TOLERANCE:.0%} of "
-            f"the best signal ({best.found.budget:.3g} of {top:.3g}); {gain:+.1%} against the schedule asked for, "
-            f"{found.bytes_up * schedule.rounds / 1e6:.2f} instead of "
+            f"the best signal ({best.found.budget:.3g} of {top:.3g}) that train as far; {gain:+.1%} against the "
+            f"schedule asked for, {found.bytes_up * schedule.rounds / 1e6:.2f} instead of "
             f"{found.bytes_up * given.found.schedule.rounds / 1e6:.2f} MB up."
         )
         console.print(_settings_text(found, best), markup=False)

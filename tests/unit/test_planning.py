@@ -51,6 +51,11 @@ def everything(given=GIVEN, population=None):
     return list(forecast_all(alternatives(given), population or people(), rough))
 
 
+def far(_):
+    """Every schedule trains as far as every other."""
+    return 1.0
+
+
 class Site:
     """One site's real optimiser over the parts of a population, with a batch of gradients of a chosen mean."""
 
@@ -183,7 +188,7 @@ def test_the_ranking_does_not_depend_on_the_order_or_on_rounding_errors():
     shaken = [replace(f, felt=f.felt * (1 + 1e-13 * (-1) ** i)) for i, f in enumerate(found)]
     assert [f.schedule for f in ranked(found[::-1], GIVEN)] == [f.schedule for f in order]
     assert [f.schedule for f in ranked(shaken, GIVEN)] == [f.schedule for f in order]
-    assert recommended(found[::-1], GIVEN) == recommended(found, GIVEN)
+    assert recommended(found[::-1], GIVEN, far) == recommended(found, GIVEN, far)
 
 
 def test_the_ranking_does_not_depend_on_what_is_assumed_of_the_gradients():
@@ -195,11 +200,20 @@ def test_the_ranking_does_not_depend_on_what_is_assumed_of_the_gradients():
 
 def test_the_recommended_schedule_is_near_the_best_and_none_that_is_near_is_cheaper():
     found = everything()
-    best, chosen = ranked(found, GIVEN)[0], recommended(found, GIVEN)
+    best, chosen = ranked(found, GIVEN)[0], recommended(found, GIVEN, far)
     assert chosen.budget >= (1 - TOLERANCE) * best.budget
     near = [f for f in found if f.budget >= (1 - TOLERANCE) * best.budget]
     assert chosen.schedule.rounds == min(f.schedule.rounds for f in near)
     assert chosen.schedule.clip == GIVEN.clip
+
+
+def test_a_schedule_that_leaves_the_model_short_is_not_recommended():
+    found = everything()
+    short = recommended(found, GIVEN, far).schedule.rounds
+    assert short < GIVEN.rounds
+    chosen = recommended(found, GIVEN, lambda f: f.schedule.rounds)  # as where no step can be any longer
+    assert chosen.schedule.rounds >= GIVEN.rounds
+    assert recommended(found, GIVEN, lambda f: float(f.schedule == GIVEN)).schedule == GIVEN
 
 
 def test_the_planned_step_moves_a_logit_as_far_as_it_says_and_never_more():

@@ -29,6 +29,8 @@ Measured (bench/README.md): accuracy is flat from about 0.7 to 1.4 and falls on 
 """
 TOLERANCE: Final = 0.03
 """Share of the best signal that is given up for fewer rounds: less than what two seeds differ by."""
+SHORTER: Final = 0.1
+"""Share of the way a model is trained that may be given up for fewer rounds."""
 
 Calibrate = Callable[[float, int, float | None], float]
 """From a sampling rate, a number of steps and a guess to the noise multiplier, at one epsilon and delta."""
@@ -209,14 +211,20 @@ def ranked(found: Sequence[Forecast], given: Schedule) -> list[Forecast]:
     return sorted(found, key=lambda f: (-round(f.budget / best, 3), *_cost(f.schedule, given)))
 
 
-def recommended(found: Sequence[Forecast], given: Schedule) -> Forecast:
-    """Return the cheapest prediction whose signal budget is within ``TOLERANCE`` of the best.
+def recommended(found: Sequence[Forecast], given: Schedule, travel: Callable[[Forecast], float]) -> Forecast:
+    """Return the cheapest prediction with nearly the best signal that also trains as far as the schedule asked for.
 
-    Raises:
-        ValueError: there are none.
+    Args:
+        found: Predictions, the given schedule's among them.
+        given: The schedule asked for.
+        travel: How far a schedule's signal moves predictions, in any unit. Where the step size cannot be raised, a
+            few rounds leave a model short however little noise there is.
     """
     enough = (1 - TOLERANCE) * max(f.budget for f in found)
-    return min((f for f in found if f.budget >= enough), key=lambda f: _cost(f.schedule, given))
+    far = (1 - SHORTER) * next(travel(f) for f in found if f.schedule == given)
+    fit = [f for f in found if f.budget >= enough and travel(f) >= far]
+    # Nothing both: then the schedule asked for, which at least trains as far as was meant.
+    return min(fit or [f for f in found if f.schedule == given], key=lambda f: _cost(f.schedule, given))
 
 
 def _cost(schedule: Schedule, given: Schedule) -> tuple[int, float, bool, float]:
