@@ -33,17 +33,17 @@ SETTINGS = (
     (3.0, 2, 1.0, 1.0),
     (1.0, 10, 1.0, 1.0),
     (1.0, 40, 0.5, 1.0),
-    (1.0, 160, 0.1, 1.0),
     (1.0, 10, 0.1, 1.0),
     (1.0, 40, 0.5, 4.0),
     (1.0, 40, 0.1, 1.0),
-    (1.0, 160, 0.5, 1.0),
     (1.0, 10, 0.5, 1.0),
     (3.0, 10, 0.1, 1.0),
     (3.0, 40, 0.1, 1.0),
     (3.0, 40, 0.5, 1.0),
     (3.0, 10, 1.0, 1.0),
     (8.0, 40, 0.5, 1.0),
+    (1.0, 160, 0.1, 1.0),
+    (1.0, 160, 0.5, 1.0),
 )
 
 
@@ -161,6 +161,7 @@ def planned(epsilon: float, rounds: int, q: float, clip: float) -> dict[str, flo
         "batch": schedule.expected_batch_size,
         "signal": found.budget,
         "text": text,
+        "travel": travel,
     }
 
 
@@ -223,6 +224,8 @@ def table() -> None:
     """Print each planned run beside its prediction, and the rank correlation over settings at one epsilon."""
     from scipy.stats import spearmanr
 
+    from fedfuse_shared.privacy.planning import NOISE_OF_A_LOGIT
+
     rows = [r for r in known() if r["kind"] == "planned"]
     for epsilon in sorted({r["epsilon"] for r in rows}):
         chosen: dict[tuple[int, float, float], list[dict[str, object]]] = {}
@@ -246,18 +249,41 @@ def table() -> None:
                 said["travel"],
             )
             found.append(figures)
+        names = (
+            "rounds",
+            "q",
+            "clip",
+            "runs",
+            "signal",
+            "travel",
+            "accuracy",
+            "text signal",
+            "text accuracy",
+        )
+        print(f"\nepsilon {epsilon:g}: " + ", ".join(names))
         for signal, accuracy, rounds, q, clip, seeds, felt, text, travel in sorted(found, reverse=True):
             print(
-                f"epsilon {epsilon:g}: {rounds:3d} rounds q {q:<4g} clip {clip:<4g} signal {signal:5.2f} travel {travel:4.2f} "
-                f"accuracy {accuracy:.3f} ({seeds} runs); text: signal {felt:.2f} accuracy {text:.3f}"
+                f"{rounds:3d} {q:<4g} {clip:<4g} {seeds} {signal:6.2f} {travel:5.2f} {accuracy:.3f} "
+                f"{felt:5.2f} {text:.3f}"
             )
-        if len(found) > 3:
-            rho = spearmanr([f[0] for f in found], [f[1] for f in found]).statistic
-            print(f"epsilon {epsilon:g}: rank correlation {rho:.2f} over {len(found)} settings")
+        # A schedule whose step is at its largest trains less far; the signal alone does not know (see `recommended`).
+        far = [f for f in found if f[8] >= 0.9 * NOISE_OF_A_LOGIT * f[0]]
+        for kind, kept in (("all", found), ("whose noise moves a logit as planned", far)):
+            if len(kept) > 3:
+                rho = spearmanr([f[0] for f in kept], [f[1] for f in kept]).statistic
+                print(f"epsilon {epsilon:g}, {kind}: rank correlation {rho:.2f} over {len(kept)} settings")
+
+
+def main() -> None:
+    """Do what the first argument says."""
+    what, *rest = sys.argv[1:] or ["table"]
+    if what == "measure":
+        measure(*rest)
+    elif what == "validate":
+        validate(int(rest[0]) if rest else 1)
+    else:
+        table()
 
 
 if __name__ == "__main__":
-    {
-        "measure": lambda: measure(sys.argv[2]),
-        "validate": lambda: validate(int(sys.argv[2]) if len(sys.argv) > 2 else 1),
-    }[sys.argv[1]]()
+    main()

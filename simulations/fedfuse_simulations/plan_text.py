@@ -137,7 +137,7 @@ def _print_guarantee(console: Console, found: Found) -> None:
 def _modality_table(found: Found) -> Table:
     forecast = found.given.found
     table = Table(title="Summed update of one step, this schedule", title_justify="left")
-    for heading in ("modality", "coordinates", "signal", "noise", "ratio", "felt", "felt, all steps"):
+    for heading in ("modality", "coordinates", "signal", "noise", "ratio", "felt", "felt, total"):
         table.add_column(heading, justify="left" if heading == "modality" else "right")
     for p in forecast.parts:
         total = forecast.total(p)
@@ -165,7 +165,7 @@ def _alternative_table(found: Found) -> Table:
     table = Table(
         title=f"\nThe same epsilon {found.config.privacy.epsilon:g}, best first", title_justify="left"
     )
-    for heading in ("", "rounds", "q", "batch", "clip", "rate", "sigma", "step", "signal", "MB up"):
+    for heading in ("", "rounds", "q", "batch", "clip", "rate", "sigma", "felt", "total", "MB up"):
         table.add_column(heading, justify="right")
     for choice in _shown(found):
         forecast, schedule = choice.found, choice.found.schedule
@@ -183,8 +183,9 @@ def _alternative_table(found: Found) -> Table:
             style="bold" if choice is found.best else None,
         )
     table.caption = (
-        "q: sampling rate; rate: training.learning_rate that belongs to it; step, signal: what a complete record "
-        "feels in one step and over all; MB up: masked vectors of one site, all rounds\n* recommended  > as asked"
+        "q: sampling rate; rate: training.learning_rate that belongs to it; felt, total: signal over noise for a "
+        "complete record, in one step and over all; MB up: masked vectors of one site, all rounds\n"
+        "* recommended  > as asked"
     )
     table.caption_justify = "left"
     return table
@@ -208,14 +209,14 @@ def _print_advice(console: Console, found: Found) -> None:
     schedule, top = best.found.schedule, found.choices[0].found.budget
     if best is given:
         console.print(
-            "[bold]Keep the schedule.[/bold] No shorter one has about the best signal and trains as far."
+            "[bold]Keep the schedule.[/bold] No shorter one has about the best total and trains as far."
         )
     else:
         gain = best.found.budget / given.found.budget - 1
         console.print(
             f"[bold]Recommended: {schedule.rounds} rounds, q {schedule.sampling_rate:g}, batch "
             f"{schedule.expected_batch_size}, clip {schedule.clip:g}.[/bold] Fewest rounds within {TOLERANCE:.0%} of "
-            f"the best signal ({best.found.budget:.3g} of {top:.3g}) that train as far; {gain:+.1%} against the "
+            f"the best total ({best.found.budget:.3g} of {top:.3g}) that train as far; {gain:+.1%} against the "
             f"schedule asked for, {found.bytes_up * schedule.rounds / 1e6:.2f} instead of "
             f"{found.bytes_up * given.found.schedule.rounds / 1e6:.2f} MB up."
         )
@@ -245,9 +246,7 @@ def _clip_text(found: Found) -> str:
     clip, norm = found.config.privacy.clip, found.people.gradient_norm
     if clip > norm:
         return f"Clip {clip:g} is above a gradient's norm, about {norm:.2g}: it adds noise and no signal."
-    return (
-        f"Any clip up to a gradient's norm, about {norm:.2g}, leaves the same signal; more only adds noise."
-    )
+    return f"Any clip up to a gradient's norm, about {norm:.2g}, leaves the same total; more only adds noise."
 
 
 def _cost_text(found: Found) -> str:
