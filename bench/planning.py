@@ -2,6 +2,7 @@
 
     .venv/bin/python bench/planning.py measure digits    cosines over the first rounds of training; or stamps
     .venv/bin/python bench/planning.py validate          runs of `fedfuse simulate`; a minute or two each
+    .venv/bin/python bench/planning.py leave-out         the same schedule without the modality that drowns
     .venv/bin/python bench/planning.py table             prediction beside outcome, rank correlation
 
 Both use training rows alone: a fifth of them, by site and class, stands in for the test rows, which are left out, so
@@ -220,6 +221,29 @@ def validate(seeds: int) -> None:
                 print(json.dumps(row), flush=True)
 
 
+def leave_out(seeds: int) -> None:
+    """Run the default schedule at epsilon 1 with text and without it, which is predicted to drown."""
+    fedfuse = Path(sys.executable).with_name("fedfuse")
+    encoders = {"image": {"name": "oriented-gradients"}, "audio": {"name": "spectral-shape"}}
+    with tempfile.TemporaryDirectory() as place:
+        data = validation_folder("digits", Path(place) / "digits")
+        file = Path(place) / "settings.toml"
+        file.write_text(tomli_w.dumps({"model": {"encoders": encoders}}))
+        for seed in range(seeds):
+            for name, more in (("with", []), ("without", ["--config", str(file)])):
+                command = ["simulate", "--data", str(data), *more, "--epsilon", "1", "--seed", str(seed)]
+                command += ["--json", "--out", str(Path(place) / f"{name}-{seed}")]
+                ended = subprocess.run([str(fedfuse), *command], capture_output=True, text=True, check=False)
+                if ended.returncode:
+                    sys.exit(ended.stderr)
+                found = json.loads(ended.stdout)
+                row = {"kind": f"{name} text", "epsilon": 1.0, "seed": seed, "accuracy": found["accuracy"]}
+                row["image_audio"] = found["subsets"]["image+audio" if name == "with" else "all"]
+                row["complete"] = found["accuracy_complete"]
+                keep(row)
+                print(json.dumps(row), flush=True)
+
+
 def table() -> None:
     """Print each planned run beside its prediction, and the rank correlation over settings at one epsilon."""
     from scipy.stats import spearmanr
@@ -281,6 +305,8 @@ def main() -> None:
         measure(*rest)
     elif what == "validate":
         validate(int(rest[0]) if rest else 1)
+    elif what == "leave-out":
+        leave_out(int(rest[0]) if rest else 1)
     else:
         table()
 
