@@ -32,7 +32,7 @@ from fedfuse_client.round import Site
 from fedfuse_shared import messages
 from fedfuse_shared.config.base import Modality, Trust
 from fedfuse_shared.config.model import EncoderConfig, ImageInput, ModelConfig
-from fedfuse_shared.envelope import Body, Envelope, decode
+from fedfuse_shared.envelope import Body, Envelope, GrownBody, decode
 from fedfuse_shared.errors import ProtocolError
 from fedfuse_shared.ledger import records
 from fedfuse_shared.ledger.log import kind_of
@@ -93,6 +93,8 @@ SITE_SENDS: dict[type, dict[str, Source]] = {
         "max_steps_per_round": P,
         "max_clip": P,
         "graphs": P,
+        "schedule": P,
+        "min_evaluation_noise": P,
     },
     records.Reservation: {
         "seq": P,
@@ -108,7 +110,9 @@ SITE_SENDS: dict[type, dict[str, Source]] = {
         "clip": P,
         "delta": P,
         "elsewhere": N,
+        "evaluation": N,
     },
+    records.EvaluationCharge: {"noise": P, "noise_share": P},
     records.Charge: {"sampling_rate": P, "noise_multiplier": P, "steps": P},
     records.Refusal: {"seq": P, "prev": C, "context": P, "reason": P},
     records.Receipt: {"seq": P, "prev": C, "context": P, "steps": P, "vector_hash": H},
@@ -125,7 +129,7 @@ OTHERS_SEND = {
     Roster,
 }
 """Signed by the server or the operator; a site has no key for it."""
-ABSTRACT = {messages.RoundBody, records.SiteLeaf}
+ABSTRACT = {GrownBody, messages.RoundBody, records.SiteLeaf}
 
 
 # --- the set of types --------------------------------------------------------------------------------------------
