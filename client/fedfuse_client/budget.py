@@ -88,8 +88,10 @@ def _statement(pool: tuple[Hex32, ...], spent: Sequence[Spent], policy: SitePoli
 
 
 def _epsilon(spent: Iterable[Spent], policy: SitePolicy, *further: Charge) -> float:
-    charges = chain.from_iterable(item.charges for item in spent)
-    return epsilon_enforced(chain(charges, further), policy.delta, policy.schedule)
+    kept = list(spent)
+    charges = chain.from_iterable(item.charges for item in kept)
+    draws = sum(item.draws for item in kept)
+    return epsilon_enforced(chain(charges, further), policy.delta, policy.schedule, draws)
 
 
 def _more(spent: Sequence[Spent], policy: SitePolicy) -> int:

@@ -27,6 +27,10 @@ class Spent(NamedTuple):
     federation: Label
     dataset: Hex32
     charges: tuple[Charge, ...]
+    own_charges: tuple[Charge, ...]
+    """What it cost if everybody else colludes."""
+    draws: int
+    """Integer draws of noise on each coordinate."""
 
 
 def register(database: Database, digests: Iterable[bytes]) -> Hex32:
@@ -89,7 +93,10 @@ def spent(database: Database, dataset: Hex32) -> list[Spent]:
     reservations = [
         (federation, decode(raw.encode(), Reservation, who="store").body) for federation, raw in leaves
     ]
-    return [Spent(federation, body.dataset, body.charges) for federation, body in reservations]
+    return [
+        Spent(federation, body.dataset, body.charges, body.own_charges, body.draws)
+        for federation, body in reservations
+    ]
 
 
 def pools(database: Database) -> list[tuple[Hex32, ...]]:

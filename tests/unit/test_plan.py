@@ -47,10 +47,10 @@ def test_shared_noise_is_refused_until_it_is_built():
 
 def test_the_plan_a_policy_pins_changes_with_training_and_privacy_and_not_with_performance():
     given = PrivacyConfig(noise_multiplier=3.0)
-    base = plan_hash(config(privacy=given))
-    assert plan_hash(config(privacy=given, performance=PerformanceConfig(threads=7))) == base
-    assert plan_hash(config(privacy=given, training=TrainingConfig(learning_rate=0.1))) != base
-    assert plan_hash(config(privacy=PrivacyConfig(clip=2.0, noise_multiplier=3.0))) != base
+    base = plan_hash(config(privacy=given), 6)
+    assert plan_hash(config(privacy=given, performance=PerformanceConfig(threads=7)), 6) == base
+    assert plan_hash(config(privacy=given, training=TrainingConfig(learning_rate=0.1)), 6) != base
+    assert plan_hash(config(privacy=PrivacyConfig(clip=2.0, noise_multiplier=3.0)), 6) != base
 
 
 def test_an_offer_is_within_bounds_and_its_sum_cannot_wrap():
