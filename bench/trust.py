@@ -33,7 +33,7 @@ def run(mode: str, epsilon: str, seed: int) -> dict[str, object]:
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as settings:
         settings.write(MODES[mode])
         settings.flush()
-        trust = ["--trust", mode.split(",")[0], "--config", settings.name]
+        trust = ["--trust", mode.split(",", maxsplit=1)[0], "--config", settings.name]
         found, seconds, _ = simulate("digits", ["--epsilon", epsilon, "--seed", str(seed), *trust])
     return {
         "mode": mode,
@@ -49,7 +49,7 @@ def run(mode: str, epsilon: str, seed: int) -> dict[str, object]:
 
 
 def table(rows: list[dict]) -> str:
-    """Return the table in Markdown: fused / image / audio / text / image+audio on complete rows; all rows in brackets."""
+    """Return the table in Markdown: fused / image / audio / text / image+audio, complete rows; all rows in brackets."""
     lines = [
         "| epsilon | " + " | ".join(f"`{mode}`" for mode in MODES) + " |",
         "|---" * (len(MODES) + 1) + "|",
