@@ -15,7 +15,7 @@ from fedfuse_shared.config.base import Trust
 from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.ledger.records import Charge, Policy, Reservation
 from fedfuse_shared.ledger.verification_report import Code, Findings, SiteReport
-from fedfuse_shared.privacy.accountant import epsilon_enforced, epsilon_rdp
+from fedfuse_shared.privacy.accountant import epsilon_enforced, epsilon_rdp, usable_delta
 from fedfuse_shared.privacy.mechanisms import Steps, charges_of, merge, steps_by_mechanism
 
 ROUNDING: Final = 1e-6
@@ -149,7 +149,7 @@ class Budget:
             colluders=self.colluders,
             epsilon=_finite(self._spent(len(self.spendings), delta, schedule)),
             schedule=schedule,
-            epsilon_rdp=_finite(epsilon_rdp(charges, delta)),
+            epsilon_rdp=_finite(epsilon_rdp(charges, usable_delta(delta, shared=last.draws > 0))),
             epsilon_all_collude=_finite(
                 epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, schedule, last.draws)
             ),
