@@ -20,6 +20,7 @@ SUMMARIES = {
     "predict": "Classify one record with a run's global model.",
     "evaluate": "Score a run's global model on test rows.",
     "report": "Write a run's report.html again: scores, privacy, who took part, how to reproduce.",
+    "plan": "Predict the noise of a schedule and find a better one, before any privacy is spent.",
     "graph": "Choose the neighbours and the threshold of a sparse graph, and show why.",
     "data": "Check and describe a folder of data.",
     "site": "Look after a site: what its data have spent, a backup of its store.",

@@ -57,7 +57,7 @@ def test_as_many_more_rounds_as_said_fit_and_not_one_more(spent):
     found = statement_of(spent, "oslo")
     home = SiteHome(spent.folders["oslo"])
     with home.open_store() as store:
-        charge = store.reservations(found.datasets[0])[-1].charge
+        (charge,) = store.reservations(found.datasets[0])[-1].charges
     assert found.more_rounds > 1
 
     def cost(rounds):

@@ -177,7 +177,8 @@ class Round:
         return self.server.open()
 
     def words(self, update: np.ndarray, declared: frozenset[Modality] = ALL) -> np.ndarray:
-        return quantise(update.astype(np.float32), declared, self.offer)
+        counts = np.zeros(self.offer.counts, dtype=np.int64)
+        return quantise(update.astype(np.float32), declared, self.offer, counts)
 
     def _seen(self, raw: bytes) -> bytes:
         self.view.append(raw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +238,16 @@ def test_target_that_hardly_needs_noise_gets_the_least() -> None:
 def test_impossible_targets_say_the_numbers(question: tuple, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         noise_multiplier(*question)
+
+
+@pytest.mark.parametrize("factor", [0.4, 0.97, 1.0, 1.03, 2.5])
+def test_a_guess_good_or_bad_does_not_change_the_answer(cache: Path, factor: float) -> None:
+    question = 20.0, 1e-5, 0.5, 4
+    answer = noise_multiplier(*question)
+    shutil.rmtree(cache)
+    assert noise_multiplier(*question, near=factor * answer) == answer
+
+
+@pytest.mark.parametrize("guess", [math.nan, math.inf, -1.0, 0.0, 1e9])
+def test_an_impossible_guess_is_no_guess(cache: Path, guess: float) -> None:
+    assert noise_multiplier(20.0, 1e-5, 0.5, 4, near=guess) == noise_multiplier(20.0, 1e-5, 0.5, 4)

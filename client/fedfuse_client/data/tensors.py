@@ -65,7 +65,7 @@ class RecordTensors(Dataset[Batch]):
 
     def places(self, size: int) -> tuple[int, ...]:
         """Return the row every record takes in microbatches of a size, by index (``microbatches``)."""
-        if len(self._places.get(size, ())) != len(self._records):
+        if size not in self._places:
             self._places[size] = tuple(row_of(record.id, size) for record in self._records)
         return self._places[size]
 

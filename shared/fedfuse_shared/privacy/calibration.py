@@ -25,7 +25,9 @@ _MAX_ENTRY: Final = 100
 """Largest cache entry that is read (bytes): it is one number."""
 
 
-def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: int) -> float:
+def noise_multiplier(
+    target: float, delta: float, sampling_rate: float, steps: int, *, near: float | None = None
+) -> float:
     """Return the smallest noise multiplier, to five significant digits, that keeps a schedule within ``target``.
 
     It is rounded up, so ``accountant.epsilon`` of the schedule is never above the target; and it is a short decimal,
@@ -36,6 +38,7 @@ def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: i
         delta: The delta it is meant at.
         sampling_rate: Poisson sampling rate q of every step.
         steps: Steps of all rounds together.
+        near: A guess, from a neighbouring schedule say; it saves time and cannot change the answer.
 
     Raises:
         ConfigError: an argument is out of bounds, or no reasonable noise reaches the target.
@@ -49,7 +52,7 @@ def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: i
     remembered = _recall(target, delta, sampling_rate, steps)
     if remembered is not None and _is_smallest(remembered, target, delta, sampling_rate, steps):
         return remembered
-    sigma = _search(target, delta, sampling_rate, steps)
+    sigma = _search(target, delta, sampling_rate, steps, near)
     _remember(sigma, target, delta, sampling_rate, steps)
     return sigma
 
@@ -101,7 +104,7 @@ def _is_smallest(sigma: float, target: float, delta: float, sampling_rate: float
     return sigma == _SMALLEST or epsilon(_schedule(_step(sigma, -1), sampling_rate, steps), delta) > target
 
 
-def _search(target: float, delta: float, sampling_rate: float, steps: int) -> float:
+def _search(target: float, delta: float, sampling_rate: float, steps: int, near: float | None) -> float:
     """Return the smallest number of ``_DIGITS`` digits that costs at most the target, by bisection.
 
     Renyi accounting is cheap and never below the privacy loss distribution, so its answer bounds ours from above;
@@ -115,6 +118,9 @@ def _search(target: float, delta: float, sampling_rate: float, steps: int) -> fl
             f"{sampling_rate:g} over {steps} steps costs {least:.3g} even then",
             advice="plan fewer rounds or a lower sampling rate, or allow more",
         )
+    if near is not None and _SMALLEST < near < _LARGEST:
+        high = min(1.02 * near, _LARGEST)
+        low = high  # no need to look for a start
     while high > 1.02 * low:
         middle = math.sqrt(low * high)
         enough = epsilon_rdp(_schedule(middle, sampling_rate, steps), delta) <= target
@@ -130,6 +136,10 @@ def _narrow(ratio: Callable[[float], float], enough: float) -> float:
     """
     low, high = max(_SMALLEST, 0.9 * enough), _round_up(enough)
     at_low, at_high = ratio(low), ratio(high)
+    while at_high > 1:  # only after a guess: what Renyi accounting allows is enough, and so is the largest
+        low, at_low = high, at_high
+        high = min(_round_up(1.1 * high), _LARGEST)
+        at_high = ratio(high)
     while at_low <= 1:
         if low == _SMALLEST:
             return low
