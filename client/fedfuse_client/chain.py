@@ -243,19 +243,18 @@ class Chain:
         if offer.privacy.trust is Trust.NONE:
             return  # the policy allows training without a guarantee; the charge is infinite, and stays
         charges = [*(charge for item in before for charge in item.charges), *_charges(offer)]
-        mechanisms = steps_by_mechanism(charges)
-        if policy.schedule is Schedule.FIXED:
-            if len(mechanisms) > 1:
-                raise BudgetError(
-                    f"round {offer.round} asks for sampling rate {offer.privacy.sampling_rate} and noise multiplier "
-                    f"{offer.privacy.noise_multiplier}; this data set was charged for others, and policy's "
-                    "schedule is fixed",
-                    who=f"site {self.site}",
-                    advice='offer those again, or set schedule = "free" in policy.toml: Renyi accounting counts then',
-                )
-            if fits(charges, policy.delta, policy.epsilon_cap):
-                return
-        projected = epsilon_enforced(charges, policy.delta, policy.schedule)
+        if policy.schedule is Schedule.FIXED and len(steps_by_mechanism(charges)) > 1:
+            raise BudgetError(
+                f"round {offer.round} asks for sampling rate {offer.privacy.sampling_rate} and noise multiplier "
+                f"{offer.privacy.noise_multiplier}; this data set was charged for others, and policy's "
+                "schedule is fixed",
+                who=f"site {self.site}",
+                advice='offer those again, or set schedule = "free" in policy.toml: Renyi accounting counts then',
+            )
+        counted = datasets.counted(before, policy.schedule)
+        if counted is Schedule.FIXED and fits(charges, policy.delta, policy.epsilon_cap):
+            return
+        projected = epsilon_enforced(charges, policy.delta, counted)
         if not projected <= policy.epsilon_cap:  # refuses NaN too
             raise BudgetError(
                 f"round {offer.round} would bring epsilon to {projected:.6g} of {policy.epsilon_cap} "
