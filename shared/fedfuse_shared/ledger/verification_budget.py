@@ -37,6 +37,8 @@ class _Spending:
     """Trained without a guarantee (trust = none)."""
     schedule: Schedule
     """What the policy said then; ``free`` where there was none, which counts no less."""
+    counted: Schedule
+    """How it counts: ``free`` from the first reservation under a free schedule on, for good."""
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Budget:
             self.trust, self.colluders = Trust.AGGREGATE, min(known, body.colluders)
         self.alone += steps_by_mechanism(body.own_charges)
         before = self.spendings[-1] if self.spendings else None
+        schedule = policy.schedule if policy else Schedule.FREE
         # As this reservation reports it: keeping the union with every one would take the square of the ledger.
         spent_elsewhere = charges_of(elsewhere)
         # Rounds are alike: equal values share one object, so that a million leaves fit in memory.
@@ -84,7 +87,8 @@ class Budget:
                 cap=policy.epsilon_cap if policy else None,
                 delta=policy.delta if policy else body.delta,
                 unprotected=body.trust is Trust.NONE,
-                schedule=policy.schedule if policy else Schedule.FREE,
+                schedule=schedule,
+                counted=before.counted if before and before.counted is Schedule.FREE else schedule,
             )
         )
 
@@ -95,8 +99,9 @@ class Budget:
         all; only where it is over the cap the first one that was is searched, by bisection.
         """
         start = 0
-        for (cap, delta, unprotected, schedule), stretch in groupby(
-            self.spendings, key=lambda each: (each.cap, each.delta, each.unprotected, each.schedule)
+        for (cap, delta, unprotected, schedule, counted), stretch in groupby(
+            self.spendings,
+            key=lambda each: (each.cap, each.delta, each.unprotected, each.schedule, each.counted),
         ):
             end = start + len(list(stretch))
             if unprotected:
@@ -104,14 +109,14 @@ class Budget:
                 start = end
                 continue
             self._check_schedule(start, end, schedule, findings)
-            spent = self._spent(end, delta, schedule)
+            spent = self._spent(end, delta, counted)
             if cap is not None and over(spent, cap):
                 low, high = start, end - 1
                 while low < high:
                     middle = (low + high) // 2
-                    too_much = over(self._spent(middle + 1, delta, schedule), cap)
+                    too_much = over(self._spent(middle + 1, delta, counted), cap)
                     low, high = (low, middle) if too_much else (middle + 1, high)
-                here = self._spent(low + 1, delta, schedule)
+                here = self._spent(low + 1, delta, counted)
                 detail = (
                     f"brings epsilon on data set {self.dataset[:8]}… over the site's cap of {cap:g}: "
                     f"{_shown(here)} here, {_shown(spent)} by leaf "
@@ -142,16 +147,17 @@ class Budget:
         delta = policy.delta if policy else last.delta
         charges = self._prefix(len(self.spendings))
         schedule = policy.schedule if policy else last.schedule
+        counted = Schedule.FREE if Schedule.FREE in {schedule, last.counted} else Schedule.FIXED
         return SiteReport(
             site=self.site,
             dataset=self.dataset,
             trust=self.trust,
             colluders=self.colluders,
-            epsilon=_finite(self._spent(len(self.spendings), delta, schedule)),
+            epsilon=_finite(self._spent(len(self.spendings), delta, counted)),
             schedule=schedule,
             epsilon_rdp=_finite(epsilon_rdp(charges, usable_delta(delta, shared=last.draws > 0))),
             epsilon_all_collude=_finite(
-                epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, schedule, last.draws)
+                epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, counted, last.draws)
             ),
             delta=delta,
             cap=policy.epsilon_cap if policy else None,
