@@ -178,6 +178,7 @@ DEFAULTS = {
     "graphs": ["complete"],
     "schedule": "fixed",
     "min_evaluation_noise": None,
+    "max_epsilon_all_collude": None,
     "evaluation": None,
     "counts": [],
 }
@@ -200,7 +201,7 @@ def test_what_versions_added_has_one_spelling():
                 with pytest.raises(ProtocolError, match="canonical form"):
                     decode(canonical({**unsigned, "sig": sig}), type(leaf.body), who="x")
                 tried += 1
-    assert tried == 2 * 6
+    assert tried == 2 * 7
 
 
 def test_a_field_that_versions_added_cannot_be_taken_out_of_what_was_signed():
