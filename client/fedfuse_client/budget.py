@@ -89,7 +89,8 @@ def _statement(pool: tuple[Hex32, ...], spent: Sequence[Spent], policy: SitePoli
 
 def _epsilon(spent: Sequence[Spent], policy: SitePolicy, *further: Charge) -> float:
     charges = chain.from_iterable(item.charges for item in spent)
-    return epsilon_enforced(chain(charges, further), policy.delta, counted(spent, policy.schedule))
+    draws = sum(item.draws for item in spent)
+    return epsilon_enforced(chain(charges, further), policy.delta, counted(spent, policy.schedule), draws)
 
 
 def _more(spent: Sequence[Spent], policy: SitePolicy) -> int:

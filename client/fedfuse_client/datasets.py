@@ -29,6 +29,10 @@ class Spent(NamedTuple):
     federation: Label
     dataset: Hex32
     charges: tuple[Charge, ...]
+    own_charges: tuple[Charge, ...]
+    """What it cost if everybody else colludes."""
+    draws: int
+    """Integer draws of noise on each coordinate."""
     schedule: Schedule
     """What the site's policy said of its mechanisms then."""
 
@@ -106,7 +110,7 @@ def spent(database: Database, dataset: Hex32) -> list[Spent]:
         published = schedules.get(federation, [])
         standing = bisect_left(published, (seq,)) - 1
         schedule = published[standing][1] if standing >= 0 else Schedule.FIXED
-        result.append(Spent(federation, body.dataset, body.charges, schedule))
+        result.append(Spent(federation, body.dataset, body.charges, body.own_charges, body.draws, schedule))
     return result
 
 

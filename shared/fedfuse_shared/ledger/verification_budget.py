@@ -15,7 +15,7 @@ from fedfuse_shared.config.base import Trust
 from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.ledger.records import Charge, Policy, Reservation
 from fedfuse_shared.ledger.verification_report import Code, Findings, SiteReport
-from fedfuse_shared.privacy.accountant import epsilon_enforced, epsilon_rdp
+from fedfuse_shared.privacy.accountant import epsilon_enforced, epsilon_rdp, usable_delta
 from fedfuse_shared.privacy.mechanisms import Steps, charges_of, merge, steps_by_mechanism
 
 ROUNDING: Final = 1e-6
@@ -28,6 +28,8 @@ class _Spending:
 
     leaf: int
     charges: tuple[Charge, ...]
+    draws: int
+    """Integer draws on each coordinate up to here."""
     elsewhere: tuple[Charge, ...]
     cap: float | None
     delta: float
@@ -78,6 +80,7 @@ class Budget:
             _Spending(
                 leaf=leaf,
                 charges=before.charges if before and before.charges == body.charges else body.charges,
+                draws=(before.draws if before else 0) + body.draws,
                 elsewhere=before.elsewhere
                 if before and before.elsewhere == spent_elsewhere
                 else spent_elsewhere,
@@ -106,14 +109,14 @@ class Budget:
                 start = end
                 continue
             self._check_schedule(start, end, schedule, findings)
-            spent = epsilon_enforced(self._prefix(end), delta, counted)
+            spent = self._spent(end, delta, counted)
             if cap is not None and over(spent, cap):
                 low, high = start, end - 1
                 while low < high:
                     middle = (low + high) // 2
-                    too_much = over(epsilon_enforced(self._prefix(middle + 1), delta, counted), cap)
+                    too_much = over(self._spent(middle + 1, delta, counted), cap)
                     low, high = (low, middle) if too_much else (middle + 1, high)
-                here = epsilon_enforced(self._prefix(low + 1), delta, counted)
+                here = self._spent(low + 1, delta, counted)
                 detail = (
                     f"brings epsilon on data set {self.dataset[:8]}… over the site's cap of {cap:g}: "
                     f"{_shown(here)} here, {_shown(spent)} by leaf "
@@ -150,11 +153,11 @@ class Budget:
             dataset=self.dataset,
             trust=self.trust,
             colluders=self.colluders,
-            epsilon=_finite(epsilon_enforced(charges, delta, counted)),
+            epsilon=_finite(self._spent(len(self.spendings), delta, counted)),
             schedule=schedule,
-            epsilon_rdp=_finite(epsilon_rdp(charges, delta)),
+            epsilon_rdp=_finite(epsilon_rdp(charges, usable_delta(delta, shared=last.draws > 0))),
             epsilon_all_collude=_finite(
-                epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, counted)
+                epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, counted, last.draws)
             ),
             delta=delta,
             cap=policy.epsilon_cap if policy else None,
@@ -164,6 +167,10 @@ class Budget:
             unmatched=len(self.spendings) - self.matched,
             mechanisms=len(steps_by_mechanism(charges)),
         )
+
+    def _spent(self, count: int, delta: float, schedule: Schedule) -> float:
+        """Return epsilon after the first reservations."""
+        return epsilon_enforced(self._prefix(count), delta, schedule, self.spendings[count - 1].draws)
 
     def _prefix(self, count: int) -> tuple[Charge, ...]:
         """Return all charges of the first reservations, and what was spent elsewhere by then."""
