@@ -114,6 +114,27 @@ def test_a_share_of_the_noise_is_not_counted_as_more_than_a_site_adds(tmp_path):
     assert "offer-noise" in codes(builder.audit())
 
 
+def test_a_cap_on_what_is_left_if_all_others_collude_is_audited_where_it_is_published():
+    builder = LedgerBuilder().enrol()
+    offer = shared_noise(builder.federation)
+    for _ in range(3):
+        builder.round(privacy=offer.privacy)
+    assert builder.audit().ok
+    (row, *_) = builder.audit().sites
+    for site, most in zip(builder.federation.names, (1.01, 0.99, 1.01, None), strict=True):
+        builder.policy(site, max_epsilon_all_collude=most and most * row.epsilon_all_collude)
+    builder.round(privacy=offer.privacy)
+    found = [(finding.code.value, finding.site) for finding in builder.audit().findings]
+    assert found == [("over-cap", site) for site in builder.federation.names[:3]]
+    builder = LedgerBuilder().enrol()
+    for site, most in zip(builder.federation.names, (1.01, 0.99, 1.01, None), strict=True):
+        builder.policy(site, max_epsilon_all_collude=most and most * row.epsilon_all_collude)
+    for _ in range(3):
+        builder.round(privacy=offer.privacy)
+    found = [(finding.code.value, finding.site) for finding in builder.audit().findings]
+    assert found == [("over-cap", builder.federation.names[1])]
+
+
 def everything(builder, noise):
     """Let all sites train without sampling in three rounds, the third of which evaluates with the same noise."""
     privacy = builder.federation.offer().privacy

@@ -37,6 +37,8 @@ class _Spending:
     """Trained without a guarantee (trust = none)."""
     schedule: Schedule
     """What the policy said then; ``free`` where there was none, which counts no less."""
+    most_alone: float | None
+    """The policy's cap on what is spent if everybody else colludes."""
     counted: Schedule
     """How it counts: ``free`` from the first reservation under a free schedule on, for good."""
 
@@ -88,6 +90,7 @@ class Budget:
                 delta=policy.delta if policy else body.delta,
                 unprotected=body.trust is Trust.NONE,
                 schedule=schedule,
+                most_alone=policy.max_epsilon_all_collude if policy else None,
                 counted=before.counted if before and before.counted is Schedule.FREE else schedule,
             )
         )
@@ -124,6 +127,20 @@ class Budget:
                 )
                 findings.add(Code.OVER_CAP, self.spendings[low].leaf, self.site, detail)
             start = end
+        self._check_alone(findings)
+
+    def _check_alone(self, findings: Findings) -> None:
+        """Compare what is spent if all others collude with the cap on that, at the end of the ledger alone."""
+        last = self.spendings[-1]
+        if last.most_alone is None or any(spending.unprotected for spending in self.spendings):
+            return
+        alone = self._alone(last.delta, last.counted)
+        if over(alone, last.most_alone):
+            detail = (
+                f"brings epsilon on data set {self.dataset[:8]}… to {_shown(alone)} if all other sites help the "
+                f"server, over the site's cap of {last.most_alone:g} on that (delta {last.delta:g})"
+            )
+            findings.add(Code.OVER_CAP, last.leaf, self.site, detail)
 
     def _check_schedule(self, start: int, end: int, schedule: Schedule, findings: Findings) -> None:
         """Find the first reservation of a stretch that changed a mechanism its policy had fixed."""
@@ -156,9 +173,7 @@ class Budget:
             epsilon=_finite(self._spent(len(self.spendings), delta, counted)),
             schedule=schedule,
             epsilon_rdp=_finite(epsilon_rdp(charges, usable_delta(delta, shared=last.draws > 0))),
-            epsilon_all_collude=_finite(
-                epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, counted, last.draws)
-            ),
+            epsilon_all_collude=_finite(self._alone(delta, counted)),
             delta=delta,
             cap=policy.epsilon_cap if policy else None,
             adjacency="add-or-remove-one-record",
@@ -171,6 +186,11 @@ class Budget:
     def _spent(self, count: int, delta: float, schedule: Schedule) -> float:
         """Return epsilon after the first reservations."""
         return epsilon_enforced(self._prefix(count), delta, schedule, self.spendings[count - 1].draws)
+
+    def _alone(self, delta: float, schedule: Schedule) -> float:
+        """Return epsilon after all reservations if everybody else colludes."""
+        last = self.spendings[-1]
+        return epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, schedule, last.draws)
 
     def _prefix(self, count: int) -> tuple[Charge, ...]:
         """Return all charges of the first reservations, and what was spent elsewhere by then."""
