@@ -37,8 +37,6 @@ class _Spending:
     """Trained without a guarantee (trust = none)."""
     schedule: Schedule
     """What the policy said then; ``free`` where there was none, which counts no less."""
-    most_alone: float | None
-    """The policy's cap on what is spent if everybody else colludes."""
     counted: Schedule
     """How it counts: ``free`` from the first reservation under a free schedule on, for good."""
 
@@ -56,6 +54,8 @@ class Budget:
     spendings: list[_Spending] = field(default_factory=list)
     alone: Steps = field(default_factory=Counter)
     """The charges as they count if everybody else colludes: the site's own share of the noise."""
+    alone_cap: float | None = None
+    """Most that these may cost, by the policy of the last reservation."""
     elsewhere: Steps = field(default_factory=Counter)
 
     def reserve(self, leaf: int, body: Reservation, policy: Policy | None, findings: Findings) -> None:
@@ -71,7 +71,11 @@ class Budget:
             self.trust = Trust.NONE
         if body.trust is Trust.AGGREGATE:
             known = body.colluders if self.colluders is None else self.colluders
-            self.trust, self.colluders = Trust.AGGREGATE, min(known, body.colluders)
+            self.colluders = min(known, body.colluders)
+            if self.trust is not Trust.NONE:
+                self.trust = Trust.AGGREGATE
+        if policy is not None:
+            self.alone_cap = policy.max_epsilon_all_collude
         self.alone += steps_by_mechanism(body.own_charges)
         before = self.spendings[-1] if self.spendings else None
         schedule = policy.schedule if policy else Schedule.FREE
@@ -90,7 +94,6 @@ class Budget:
                 delta=policy.delta if policy else body.delta,
                 unprotected=body.trust is Trust.NONE,
                 schedule=schedule,
-                most_alone=policy.max_epsilon_all_collude if policy else None,
                 counted=before.counted if before and before.counted is Schedule.FREE else schedule,
             )
         )
@@ -127,18 +130,19 @@ class Budget:
                 )
                 findings.add(Code.OVER_CAP, self.spendings[low].leaf, self.site, detail)
             start = end
+
         self._check_alone(findings)
 
     def _check_alone(self, findings: Findings) -> None:
-        """Compare what is spent if all others collude with the cap on that, at the end of the ledger alone."""
-        last = self.spendings[-1]
-        if last.most_alone is None or any(spending.unprotected for spending in self.spendings):
+        """Compare what is spent if everybody else colludes with the cap the site's last policy set for it."""
+        if self.alone_cap is None or not self.spendings:
             return
-        alone = self._alone(last.delta, last.counted)
-        if over(alone, last.most_alone):
+        last = self.spendings[-1]
+        alone = self._spent_alone(last.delta, last.counted)
+        if over(alone, self.alone_cap):
             detail = (
-                f"brings epsilon on data set {self.dataset[:8]}… to {_shown(alone)} if all other sites help the "
-                f"server, over the site's cap of {last.most_alone:g} on that (delta {last.delta:g})"
+                f"brings epsilon on data set {self.dataset[:8]}… to {_shown(alone)} if all other sites collude, over "
+                f"the site's cap of {self.alone_cap:g} for that"
             )
             findings.add(Code.OVER_CAP, last.leaf, self.site, detail)
 
@@ -173,7 +177,7 @@ class Budget:
             epsilon=_finite(self._spent(len(self.spendings), delta, counted)),
             schedule=schedule,
             epsilon_rdp=_finite(epsilon_rdp(charges, usable_delta(delta, shared=last.draws > 0))),
-            epsilon_all_collude=_finite(self._alone(delta, counted)),
+            epsilon_all_collude=_finite(self._spent_alone(delta, counted)),
             delta=delta,
             cap=policy.epsilon_cap if policy else None,
             adjacency="add-or-remove-one-record",
@@ -187,7 +191,7 @@ class Budget:
         """Return epsilon after the first reservations."""
         return epsilon_enforced(self._prefix(count), delta, schedule, self.spendings[count - 1].draws)
 
-    def _alone(self, delta: float, schedule: Schedule) -> float:
+    def _spent_alone(self, delta: float, schedule: Schedule) -> float:
         """Return epsilon after all reservations if everybody else colludes."""
         last = self.spendings[-1]
         return epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, schedule, last.draws)
