@@ -293,6 +293,12 @@ def _shared_noise(offer: Offer) -> Iterator[_Objection]:
             f"has {sites} shares of {asked.noise_share} for noise {asked.noise_multiplier}",
             "report it: they do not add up",
         )
+    if asked.noise_share * math.sqrt(sites) > asked.noise_multiplier / _ROUNDED:
+        # What a site draws follows from the noise charged; what is left if all others collude is charged by this.
+        yield _Objection(
+            f"counts {asked.noise_share} as one of {sites} shares of noise {asked.noise_multiplier}",
+            "report it: a site adds less than that, and would be charged too little if all others collude",
+        )
     counted = offer.evaluation
     if counted is not None and sites * counted.noise_share**2 - SMOOTH**2 < counted.noise**2 * _ROUNDED:
         yield _Objection(

@@ -305,6 +305,8 @@ def _short_shares(offer: Offer) -> Iterator[str]:
         yield f"counts on the noise of {sites} sites, {honest} honest survivors are certain"
     if asked.noise_share * math.sqrt(sites) < asked.noise_multiplier * (1 - _SLACK):
         yield f"has shares of {asked.noise_share:g} that do not add up to {asked.noise_multiplier:g}"
+    if asked.noise_share * math.sqrt(sites) > asked.noise_multiplier * (1 + _SLACK):
+        yield f"counts shares of {asked.noise_share:g}, sites add fewer for noise {asked.noise_multiplier:g}"
     if counted is not None and sites * counted.noise_share**2 - SMOOTH**2 < counted.noise**2 * (1 - _SLACK):
         yield f"has shares of {counted.noise_share:g} on counts that do not add up to {counted.noise:g}"
     if asked.steps != 1:
