@@ -47,6 +47,10 @@ def ended(builder: LedgerBuilder) -> Report:
     return builder.audit()
 
 
+GRID = {"scale": 2.0**14, "clip_range": 1000.0}
+"""A grid that shared noise of the offers here can be drawn on."""
+
+
 def privacy(builder: LedgerBuilder, **changes: object):
     return builder.federation.offer().privacy.model_copy(update=changes)
 
@@ -243,7 +247,7 @@ def offer_of_shared_noise_on_a_sparse_graph() -> Report:
     builder = started()
     shared = privacy(builder, trust=Trust.AGGREGATE, noise_sites=4, noise_share=0.75)
     sparse = {"neighbours": 2, "threshold": 1, "colluders": 0, "min_survivors": 4}
-    builder.abort(builder.offer(privacy=shared, **sparse))
+    builder.abort(builder.offer(privacy=shared, **GRID, **sparse))
     return ended(builder)
 
 
@@ -267,7 +271,7 @@ def offer_of_less_noise_than_is_accounted() -> Report:
 def shared_noise_that_counts_on_colluders() -> Report:
     builder = started()
     shared = privacy(builder, trust=Trust.AGGREGATE, noise_sites=3, noise_share=1.5 / 3**0.5)
-    builder.round(privacy=shared, colluders=1, threshold=3, min_survivors=3)
+    builder.round(privacy=shared, colluders=1, threshold=3, min_survivors=3, **GRID)
     return ended(builder)
 
 
@@ -275,14 +279,64 @@ def shared_noise_that_counts_on_colluders() -> Report:
 def shared_noise_that_does_not_add_up() -> Report:
     builder = started()
     shared = privacy(builder, trust=Trust.AGGREGATE, noise_sites=2, noise_share=1.0)
-    builder.round(privacy=shared)
+    builder.round(privacy=shared, **GRID)
     return ended(builder)
+
+
+def shared(builder: LedgerBuilder, **changes: object):
+    """Constants of a round in which two honest survivors share the noise, as an honest server offers them."""
+    values = {"trust": Trust.AGGREGATE, "noise_sites": 2, "noise_share": 1.5 / 2**0.5}
+    return privacy(builder, **{**values, **changes})
 
 
 @attack(Code.OFFER_NOISE)
 def shared_noise_over_several_steps() -> Report:
     builder = started()
-    builder.round(privacy=privacy(builder, trust=Trust.AGGREGATE, steps=2))
+    builder.round(privacy=shared(builder, steps=2), **GRID)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_whose_shares_look_larger_than_they_are() -> Report:
+    """What a site adds follows from the multiplier; the share is what counts if all others collude."""
+    builder = started()
+    builder.round(privacy=shared(builder, noise_share=20.0), **GRID)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_of_no_site() -> Report:
+    builder = started()
+    builder.round(privacy=shared(builder, noise_sites=0), **GRID)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_on_a_grid_that_scaling_rounds_on() -> Report:
+    builder = started()
+    builder.round(privacy=shared(builder), scale=3.0 * 2**12, clip_range=1000.0)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_on_a_grid_too_coarse() -> Report:
+    builder = started()
+    builder.round(privacy=shared(builder), scale=2.0**13, clip_range=1000.0)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_too_fine_to_be_drawn_closely_enough() -> Report:
+    builder = started()
+    builder.round(privacy=shared(builder), scale=2.0**25, clip_range=1.0)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_of_too_few_steps_to_be_smooth() -> Report:
+    builder = started()
+    few = shared(builder, clip=1.0, noise_multiplier=2.0**-12, noise_share=2.0**-12 / 2**0.5)
+    builder.abort(builder.offer(privacy=few, **GRID))
     return ended(builder)
 
 
@@ -680,3 +734,9 @@ def test_cap_finding_names_the_first_leaf_over_it() -> None:
 def cut(builder: LedgerBuilder, end: int) -> Report:
     lines = builder.lines()[:end]
     return verify_ledger(lines, builder.federation.roster, head_of(lines))
+
+
+def test_shared_noise_as_it_should_be_is_found_nothing_wrong_with() -> None:
+    builder = started()
+    builder.round(privacy=shared(builder), **GRID)
+    assert ended(builder).findings == ()
