@@ -87,19 +87,37 @@ def _statement(pool: tuple[Hex32, ...], spent: Sequence[Spent], policy: SitePoli
     )
 
 
-def _epsilon(spent: Iterable[Spent], policy: SitePolicy, *further: Charge) -> float:
+def _epsilon(spent: Iterable[Spent], policy: SitePolicy) -> float:
     kept = list(spent)
     charges = chain.from_iterable(item.charges for item in kept)
-    draws = sum(item.draws for item in kept)
-    return epsilon_enforced(chain(charges, further), policy.delta, policy.schedule, draws)
+    return epsilon_enforced(charges, policy.delta, policy.schedule, sum(item.draws for item in kept))
+
+
+def _alone(spent: Iterable[Spent], policy: SitePolicy) -> float:
+    """Return what was spent if everybody else colludes."""
+    kept = list(spent)
+    charges = chain.from_iterable(item.own_charges for item in kept)
+    return epsilon_enforced(charges, policy.delta, policy.schedule, sum(item.draws for item in kept))
+
+
+def _times(charges: Iterable[Charge], rounds: int) -> tuple[Charge, ...]:
+    return tuple(charge.model_copy(update={"steps": charge.steps * rounds}) for charge in charges)
 
 
 def _more(spent: Sequence[Spent], policy: SitePolicy) -> int:
     """Return how often rounds that cost what the last one did fit under the cap."""
 
     def fits(rounds: int) -> bool:
-        last = [charge.model_copy(update={"steps": charge.steps * rounds}) for charge in spent[-1].charges]
-        return _epsilon(spent, policy, *last) <= policy.epsilon_cap
+        last = spent[-1]
+        further = last._replace(
+            charges=_times(last.charges, rounds),
+            own_charges=_times(last.own_charges, rounds),
+            draws=last.draws * rounds,
+        )
+        after, most = [*spent, further], policy.max_epsilon_all_collude
+        return _epsilon(after, policy) <= policy.epsilon_cap and (
+            most is None or _alone(after, policy) <= most
+        )
 
     if not fits(1):
         return 0
