@@ -155,7 +155,7 @@ def _check_privacy(values: Mapping[str, Any]) -> None:
         )
     if trust == Trust.AGGREGATE:
         raise ConfigError(
-            'trust = "aggregate" is not built yet',
+            'a forecast for trust = "aggregate" is not built yet',
             advice="use --trust site, which protects against everybody",
         )
 
