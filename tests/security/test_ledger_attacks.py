@@ -289,6 +289,41 @@ def shared(builder: LedgerBuilder, **changes: object):
     return privacy(builder, **{**values, **changes})
 
 
+@attack(Code.OVER_CAP)
+def more_spent_than_the_policy_allows_if_all_others_collude() -> Report:
+    builder = started()
+    builder.policy("site02", max_epsilon_all_collude=1.5)
+    builder.round(privacy=shared(builder), **GRID)
+    return ended(builder)
+
+
+@attack(Code.OUTSIDE_POLICY)
+def shared_noise_that_a_sites_policy_does_not_trust() -> Report:
+    builder = started()
+    builder.policy("site02", trust=(Trust.SITE,))
+    builder.round(privacy=shared(builder), **GRID)
+    return ended(builder)
+
+
+@attack(Code.PARAMETERS)
+def reservation_that_counts_on_more_shares_than_were_offered() -> Report:
+    builder = started()
+    offer = builder.offer(privacy=shared(builder), **GRID)
+    builder.reserve("site00", offer, noise_sites=3, noise_share=1.5 / 3**0.5)
+    builder.abort(offer)
+    return ended(builder)
+
+
+@attack(Code.ELSEWHERE_SHRANK)
+def draws_elsewhere_that_become_fewer() -> Report:
+    builder = started()
+    for draws in (5, 4):
+        offer = builder.offer()
+        builder.reserve("site00", offer, elsewhere_draws=draws)
+        builder.abort(offer)
+    return builder.audit()
+
+
 @attack(Code.OFFER_NOISE)
 def shared_noise_over_several_steps() -> Report:
     builder = started()
@@ -740,3 +775,31 @@ def test_shared_noise_as_it_should_be_is_found_nothing_wrong_with() -> None:
     builder = started()
     builder.round(privacy=shared(builder), **GRID)
     assert ended(builder).findings == ()
+
+
+def test_what_was_spent_elsewhere_counts_with_its_shares_and_draws() -> None:
+    """Shared noise spent in another federation is half as much if all others collude, and takes of delta here."""
+    builder = LedgerBuilder().enrol()
+    offer = builder.offer()
+    spent = Charge(sampling_rate=0.25, noise_multiplier=1.5, steps=40)
+    own = spent.model_copy(update={"noise_multiplier": 1.5 / 2**0.5})
+    builder.reserve("site00", offer, elsewhere=(spent,), elsewhere_alone=(own,), elsewhere_draws=80)
+    builder.abort(offer)
+    report = builder.audit()
+    assert report.ok, report.findings
+    row = next(row for row in report.sites if row.site == "site00")
+    here = Charge(sampling_rate=0.25, noise_multiplier=1.5, steps=1)
+    usable = 1e-5 * (1 - 2.0**-10)
+    assert row.epsilon == epsilon([spent, here], usable) > epsilon([spent, here], 1e-5)
+    assert row.epsilon_rdp == epsilon_rdp([spent, here], usable)
+    assert row.epsilon_all_collude == epsilon_rdp([own, here], usable) > row.epsilon
+
+
+def test_data_once_trained_on_without_noise_stays_unprotected() -> None:
+    builder = LedgerBuilder().enrol()
+    for site in builder.federation.names:
+        builder.policy(site, trust=tuple(Trust), min_noise_multiplier=1e-6)
+    none = privacy(builder, trust=Trust.NONE, noise_multiplier=1e-6, noise_share=1e-6)
+    builder.round(privacy=none)
+    builder.round(privacy=shared(builder), **GRID)
+    assert {row.trust for row in builder.audit().sites} == {Trust.NONE}
