@@ -49,7 +49,7 @@ def run(mode: str, epsilon: str, seed: int) -> dict[str, object]:
 
 
 def table(rows: list[dict]) -> str:
-    """Return the table in Markdown: fused / image / audio / text / image+audio, complete rows; all rows in brackets."""
+    """Return the table: fused / image / audio / text / image+audio on complete rows; all rows in brackets."""
     lines = [
         "| epsilon | " + " | ".join(f"`{mode}`" for mode in MODES) + " |",
         "|---" * (len(MODES) + 1) + "|",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from fedfuse_client.datasets import Spent
+from fedfuse_client.datasets import Spent, counted
 from fedfuse_client.policy import SitePolicy
 from fedfuse_client.store import SiteStore
 from fedfuse_shared.config.base import Hex32, Label
@@ -87,17 +87,17 @@ def _statement(pool: tuple[Hex32, ...], spent: Sequence[Spent], policy: SitePoli
     )
 
 
-def _epsilon(spent: Iterable[Spent], policy: SitePolicy) -> float:
-    kept = list(spent)
-    charges = chain.from_iterable(item.charges for item in kept)
-    return epsilon_enforced(charges, policy.delta, policy.schedule, sum(item.draws for item in kept))
+def _epsilon(spent: Sequence[Spent], policy: SitePolicy) -> float:
+    charges = chain.from_iterable(item.charges for item in spent)
+    draws = sum(item.draws for item in spent)
+    return epsilon_enforced(charges, policy.delta, counted(spent, policy.schedule), draws)
 
 
-def _alone(spent: Iterable[Spent], policy: SitePolicy) -> float:
+def _alone(spent: Sequence[Spent], policy: SitePolicy) -> float:
     """Return what was spent if everybody else colludes."""
-    kept = list(spent)
-    charges = chain.from_iterable(item.own_charges for item in kept)
-    return epsilon_enforced(charges, policy.delta, policy.schedule, sum(item.draws for item in kept))
+    charges = chain.from_iterable(item.own_charges for item in spent)
+    draws = sum(item.draws for item in spent)
+    return epsilon_enforced(charges, policy.delta, counted(spent, policy.schedule), draws)
 
 
 def _times(charges: Iterable[Charge], rounds: int) -> tuple[Charge, ...]:

@@ -248,27 +248,25 @@ class Chain:
 
         if offer.privacy.trust is Trust.NONE:
             return  # the policy allows training without a guarantee; the charge is infinite, and stays
-        asked = self._reservation(offer, FIRST_LINK, [])(
-            1, FIRST_LINK
-        )  # what it would charge, wherever it stands
+        # What it would charge, wherever in the chain it stands.
+        asked = self._reservation(offer, FIRST_LINK, [])(1, FIRST_LINK)
         charges = [*(charge for item in before for charge in item.charges), *asked.charges]
         draws = sum(item.draws for item in before) + asked.draws
-        mechanisms = steps_by_mechanism(charges)
-        if policy.schedule is Schedule.FIXED:
-            if len(mechanisms) > 1:
-                raise BudgetError(
-                    f"round {offer.round} asks for sampling rate {offer.privacy.sampling_rate} and noise multiplier "
-                    f"{offer.privacy.noise_multiplier}; this data set was charged for others, and policy's "
-                    "schedule is fixed",
-                    who=f"site {self.site}",
-                    advice='offer those again, or set schedule = "free" in policy.toml: Renyi accounting counts then',
-                )
-            usable = usable_delta(policy.delta, shared=draws > 0)
-            room = room_for_draws(policy.epsilon_cap, policy.delta, draws)
-            if room and fits(charges, usable, policy.epsilon_cap):
-                self._check_alone(policy, offer, before, asked)
-                return
-        projected = epsilon_enforced(charges, policy.delta, policy.schedule, draws)
+        if policy.schedule is Schedule.FIXED and len(steps_by_mechanism(charges)) > 1:
+            raise BudgetError(
+                f"round {offer.round} asks for sampling rate {offer.privacy.sampling_rate} and noise multiplier "
+                f"{offer.privacy.noise_multiplier}; this data set was charged for others, and policy's "
+                "schedule is fixed",
+                who=f"site {self.site}",
+                advice='offer those again, or set schedule = "free" in policy.toml: Renyi accounting counts then',
+            )
+        counted = datasets.counted(before, policy.schedule)
+        usable = usable_delta(policy.delta, shared=draws > 0)
+        room = room_for_draws(policy.epsilon_cap, policy.delta, draws)
+        if counted is Schedule.FIXED and room and fits(charges, usable, policy.epsilon_cap):
+            self._check_alone(policy, offer, before, asked)
+            return
+        projected = epsilon_enforced(charges, policy.delta, counted, draws)
         if not projected <= policy.epsilon_cap:  # refuses NaN too
             raise BudgetError(
                 f"round {offer.round} would bring epsilon to {projected:.6g} of {policy.epsilon_cap} "
@@ -298,7 +296,8 @@ class Chain:
                 advice='offer those again, or set schedule = "free" in policy.toml: Renyi accounting counts then',
             )
         draws = sum(item.draws for item in before) + asked.draws
-        alone = epsilon_enforced(own, policy.delta, policy.schedule, draws)
+        counted = datasets.counted(before, policy.schedule)
+        alone = epsilon_enforced(own, policy.delta, counted, draws)
         if not alone <= most:
             raise BudgetError(
                 f"round {offer.round} would bring epsilon to {alone:.6g} of {most} if all others help the server",

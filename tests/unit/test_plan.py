@@ -5,7 +5,7 @@ import math
 import pytest
 from support.federation import Federation
 
-from fedfuse_server.plan import Plan, bounds_for, grid, plan_hash, resolve
+from fedfuse_server.plan import Plan, bounds_for, grid, plan_hash, resolve, round_privacy
 from fedfuse_shared.config.base import Modality, Trust
 from fedfuse_shared.config.federation import (
     GraphKind,
@@ -40,6 +40,33 @@ def test_the_noise_fits_the_planned_rounds_and_not_one_per_cent_less_would():
 
 def test_a_given_noise_multiplier_is_kept():
     assert resolve(config(privacy=PrivacyConfig(noise_multiplier=3.0))).privacy.noise_multiplier == 3.0
+
+
+def test_shared_noise_is_sized_for_those_who_are_sure_to_be_honest():
+    settled = resolve(config(privacy=PrivacyConfig(trust=Trust.AGGREGATE, noise_multiplier=3.0)))
+    asked = round_privacy(settled, 6)
+    bounds = bounds_for(settled, 6, 6)
+    assert asked.noise_sites == bounds.min_survivors - bounds.colluders == 4
+    assert asked.noise_share == pytest.approx(1.5)
+    assert round_privacy(settled, 100).noise_sites == 67 - 33
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"privacy": PrivacyConfig(trust=Trust.AGGREGATE, steps_per_round=2)}, "2 local steps"),
+        (
+            {
+                "privacy": PrivacyConfig(trust=Trust.AGGREGATE),
+                "secure_aggregation": SecureAggregationConfig(graph=GraphKind.SPARSE),
+            },
+            "on a sparse graph",
+        ),
+    ],
+)
+def test_what_shared_noise_cannot_be_accounted_with_is_refused(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        resolve(config(**changes))
 
 
 def test_shared_noise_is_calibrated_at_the_delta_that_inexact_draws_leave():

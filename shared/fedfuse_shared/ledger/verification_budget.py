@@ -43,6 +43,8 @@ class _Spending:
     """Trained without a guarantee (trust = none)."""
     schedule: Schedule
     """What the policy said then; ``free`` where there was none, which counts no less."""
+    counted: Schedule
+    """How it counts: ``free`` from the first reservation under a free schedule on, for good."""
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Budget:
             ):  # which stays: nothing protects what was trained on without noise
                 self.trust = Trust.AGGREGATE
         before = self.spendings[-1] if self.spendings else None
+        schedule = policy.schedule if policy else Schedule.FREE
         # As this reservation reports it: keeping the union with every one would take the square of the ledger.
         spent_elsewhere = charges_of(elsewhere)
         alone = spent_elsewhere if body.elsewhere_alone is None else merge(body.elsewhere_alone)
@@ -103,16 +106,24 @@ class Budget:
                 cap_alone=policy.max_epsilon_all_collude if policy else None,
                 delta=policy.delta if policy else body.delta,
                 unprotected=body.trust is Trust.NONE,
-                schedule=policy.schedule if policy else Schedule.FREE,
+                schedule=schedule,
+                counted=before.counted if before and before.counted is Schedule.FREE else schedule,
             )
         )
 
     def check(self, findings: Findings) -> None:
         """Compare epsilon at every prefix with the caps that stood then."""
         start = 0
-        for (cap, cap_alone, _, unprotected, schedule), stretch in groupby(
+        for (cap, cap_alone, unprotected, schedule, *_), stretch in groupby(
             self.spendings,
-            key=lambda each: (each.cap, each.cap_alone, each.delta, each.unprotected, each.schedule),
+            key=lambda each: (
+                each.cap,
+                each.cap_alone,
+                each.unprotected,
+                each.schedule,
+                each.counted,
+                each.delta,
+            ),
         ):
             end = start + len(list(stretch))
             if unprotected:
@@ -132,16 +143,16 @@ class Budget:
         Epsilon never falls as charges are added, so the last prefix answers for all; only where it is over the cap
         the first one that was is searched, by bisection.
         """
-        delta, schedule = self.spendings[end - 1].delta, self.spendings[end - 1].schedule
-        spent = self._spent(end, delta, schedule, alone=alone)
+        delta, counted = self.spendings[end - 1].delta, self.spendings[end - 1].counted
+        spent = self._spent(end, delta, counted, alone=alone)
         if not over(spent, cap):
             return
         low, high = start, end - 1
         while low < high:
             middle = (low + high) // 2
-            too_much = over(self._spent(middle + 1, delta, schedule, alone=alone), cap)
+            too_much = over(self._spent(middle + 1, delta, counted, alone=alone), cap)
             low, high = (low, middle) if too_much else (middle + 1, high)
-        here = self._spent(low + 1, delta, schedule, alone=alone)
+        here = self._spent(low + 1, delta, counted, alone=alone)
         against = " if all others collude" if alone else ""
         detail = (
             f"brings epsilon{against} on data set {self.dataset[:8]}… over the site's cap of {cap:g}: "
@@ -171,18 +182,19 @@ class Budget:
         delta = policy.delta if policy else last.delta
         charges = self._prefix(len(self.spendings))
         schedule = policy.schedule if policy else last.schedule
+        counted = Schedule.FREE if Schedule.FREE in {schedule, last.counted} else Schedule.FIXED
         return SiteReport(
             site=self.site,
             dataset=self.dataset,
             trust=self.trust,
             colluders=self.colluders,
-            epsilon=_finite(self._spent(len(self.spendings), delta, schedule)),
+            epsilon=_finite(self._spent(len(self.spendings), delta, counted)),
             schedule=schedule,
             # By the same rules as a free schedule's: at the delta that inexact draws leave.
             epsilon_rdp=_finite(
                 epsilon_enforced(charges, delta, Schedule.FREE, last.draws + last.elsewhere_draws)
             ),
-            epsilon_all_collude=_finite(self._spent(len(self.spendings), delta, schedule, alone=True)),
+            epsilon_all_collude=_finite(self._spent(len(self.spendings), delta, counted, alone=True)),
             delta=delta,
             cap=policy.epsilon_cap if policy else None,
             adjacency="add-or-remove-one-record",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from fedfuse_shared.config.base import Trust
 from fedfuse_shared.config.federation import GraphKind
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.envelope import Envelope, verify
 from fedfuse_shared.errors import ConfigError, VerificationError
 from fedfuse_shared.ledger.records import Close, Outcome, Policy, Receipt, Refusal, Reservation
@@ -321,6 +322,9 @@ def _outside(body: Reservation, attempt: Attempt | None, policy: Policy) -> Iter
         yield f"trust {body.trust.value}"
     if body.evaluation is not None and policy.min_evaluation_noise is None:
         yield "evaluation"
+    if body.evaluation is not None and policy.schedule is Schedule.FIXED:
+        # Found here, since its numbers may be those of the training: then they merge into one mechanism.
+        yield "evaluation under a fixed schedule"
     if attempt is not None and attempt.graph not in policy.graphs:
         yield f"a {attempt.graph.value} graph"
     ceilings: dict[str, tuple[float, float]] = {
