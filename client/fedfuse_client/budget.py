@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -87,18 +87,37 @@ def _statement(pool: tuple[Hex32, ...], spent: Sequence[Spent], policy: SitePoli
     )
 
 
-def _epsilon(spent: Sequence[Spent], policy: SitePolicy, *further: Charge) -> float:
+def _epsilon(spent: Sequence[Spent], policy: SitePolicy) -> float:
     charges = chain.from_iterable(item.charges for item in spent)
     draws = sum(item.draws for item in spent)
-    return epsilon_enforced(chain(charges, further), policy.delta, counted(spent, policy.schedule), draws)
+    return epsilon_enforced(charges, policy.delta, counted(spent, policy.schedule), draws)
+
+
+def _alone(spent: Sequence[Spent], policy: SitePolicy) -> float:
+    """Return what was spent if everybody else colludes."""
+    charges = chain.from_iterable(item.own_charges for item in spent)
+    draws = sum(item.draws for item in spent)
+    return epsilon_enforced(charges, policy.delta, counted(spent, policy.schedule), draws)
+
+
+def _times(charges: Iterable[Charge], rounds: int) -> tuple[Charge, ...]:
+    return tuple(charge.model_copy(update={"steps": charge.steps * rounds}) for charge in charges)
 
 
 def _more(spent: Sequence[Spent], policy: SitePolicy) -> int:
     """Return how often rounds that cost what the last one did fit under the cap."""
 
     def fits(rounds: int) -> bool:
-        last = [charge.model_copy(update={"steps": charge.steps * rounds}) for charge in spent[-1].charges]
-        return _epsilon(spent, policy, *last) <= policy.epsilon_cap
+        last = spent[-1]
+        further = last._replace(
+            charges=_times(last.charges, rounds),
+            own_charges=_times(last.own_charges, rounds),
+            draws=last.draws * rounds,
+        )
+        after, most = [*spent, further], policy.max_epsilon_all_collude
+        return _epsilon(after, policy) <= policy.epsilon_cap and (
+            most is None or _alone(after, policy) <= most
+        )
 
     if not fits(1):
         return 0

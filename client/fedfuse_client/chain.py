@@ -206,12 +206,12 @@ class Chain:
 
         # What the ledger of this federation shows under this identifier, and only that, is not elsewhere.
         here = (self.federation, dataset)
-        elsewhere = merge(
-            charge for item in before if (item.federation, item.dataset) != here for charge in item.charges
-        )
-        if len(elsewhere) > MAX_ELSEWHERE:
+        others = [item for item in before if (item.federation, item.dataset) != here]
+        elsewhere = merge(charge for item in others for charge in item.charges)
+        alone = merge(charge for item in others for charge in item.own_charges)
+        if (most := max(len(elsewhere), len(alone))) > MAX_ELSEWHERE:
             raise BudgetError(
-                f"data set was spent under {len(elsewhere)} mechanisms, at most {MAX_ELSEWHERE} can be listed",
+                f"data set was spent under {most} mechanisms, at most {MAX_ELSEWHERE} can be listed",
                 who=f"site {self.site}",
                 advice="stop: it cannot be accounted for any more",
             )
@@ -231,6 +231,8 @@ class Chain:
             delta=asked.delta,
             elsewhere=elsewhere,
             evaluation=_evaluation_charge(offer),
+            elsewhere_alone=None if alone == elsewhere else alone,
+            elsewhere_draws=sum(item.draws for item in others),
         )
 
     def _check_cap(self, policy: SitePolicy, offer: Offer, before: list[datasets.Spent]) -> None:
@@ -279,11 +281,20 @@ class Chain:
     ) -> None:
         """Refuse what would pass the cap on what is spent if everybody else helps the server."""
         from fedfuse_shared.privacy.accountant import epsilon_enforced  # noqa: PLC0415 - as above
+        from fedfuse_shared.privacy.mechanisms import steps_by_mechanism  # noqa: PLC0415
 
         most = policy.max_epsilon_all_collude
         if most is None:
             return
         own = [*(charge for item in before for charge in item.own_charges), *asked.own_charges]
+        if policy.schedule is Schedule.FIXED and len(steps_by_mechanism(own)) > 1:
+            # The same multiplier, shared among more or fewer sites.
+            raise BudgetError(
+                f"round {offer.round} asks for a share of noise of {offer.privacy.noise_share:.6g}; this data set "
+                "was charged for other shares, and policy's schedule is fixed",
+                who=f"site {self.site}",
+                advice='offer those again, or set schedule = "free" in policy.toml: Renyi accounting counts then',
+            )
         draws = sum(item.draws for item in before) + asked.draws
         counted = datasets.counted(before, policy.schedule)
         alone = epsilon_enforced(own, policy.delta, counted, draws)

@@ -18,7 +18,7 @@ from fedfuse_server.events import RoundAbandoned, RoundOpened, RoundStarted, Run
 from fedfuse_server.exchange import Exchange
 from fedfuse_server.home import RunHome, ServerState
 from fedfuse_server.optimiser import GlobalModel
-from fedfuse_server.plan import Plan, resolve
+from fedfuse_server.plan import Plan, evaluation, resolve
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import SERVER, Trust
 from fedfuse_shared.envelope import decode, encode, seal, verify
@@ -214,8 +214,9 @@ class Coordinator:
 
     def _tell_opened(self, close: Close) -> None:
         evaluated, asked = None, self._config.evaluation
-        if close.counts and asked.noise is not None:
-            noise = asked.noise * math.sqrt(len(close.survivors))
+        offered = evaluation(self._config, len(self._roster.sites))
+        if close.counts and offered is not None:
+            noise = offered.noise_share * math.sqrt(len(close.survivors))
             evaluated = summarise(close.counts, asked.detail, noise)
         published = self._state.model.published
         tell(RoundOpened(self._state.round, tuple(sorted(close.survivors)), published, evaluated))

@@ -11,7 +11,9 @@ import math
 from fedfuse_shared.config.evaluation import LEAST_NOISE
 from fedfuse_shared.config.federation import GraphKind, RunConfig
 from fedfuse_shared.errors import ConfigError
+from fedfuse_shared.ledger.records import Charge
 from fedfuse_shared.privacy import aggregate
+from fedfuse_shared.privacy.accountant import epsilon_rdp, room_for_draws, usable_delta
 from fedfuse_shared.privacy.integer_noise import SMOOTH, IntegerGaussian
 from fedfuse_shared.secagg.bounds import Bounds
 
@@ -50,7 +52,8 @@ def scale(config: RunConfig, bounds: Bounds, dimension: int) -> float:
     """Return the grid of the summed gradients, in steps per unit.
 
     Raises:
-        ConfigError: the ring is too narrow for it, or the noise on it cannot be drawn.
+        ConfigError: the ring is too narrow for it, the noise on it cannot be drawn, or delta has no room for the
+            distance of so many draws from their ideal law.
     """
     privacy = config.privacy
     steps = aggregate.least_scale(privacy.clip, dimension)
@@ -59,10 +62,31 @@ def scale(config: RunConfig, bounds: Bounds, dimension: int) -> float:
             privacy.noise_multiplier, honest(bounds), privacy.clip, steps, dimension
         )
         IntegerGaussian(share)
+        _check_room(config, honest(bounds))
         aggregate.check_ring(
             bounds.participants, clamp(config), steps, share, config.secure_aggregation.ring_bits
         )
     return steps
+
+
+def _check_room(config: RunConfig, sites: int) -> None:
+    """Refuse a plan whose last rounds every site would refuse, for want of room in delta."""
+    privacy = config.privacy
+    if privacy.noise_multiplier is None or room_for_draws(
+        privacy.epsilon, privacy.delta, config.rounds * sites
+    ):
+        return
+    # Where the noise is given, epsilon is a cap that may lie far above what is spent.
+    charge = Charge(
+        sampling_rate=privacy.sampling_rate, noise_multiplier=privacy.noise_multiplier, steps=config.rounds
+    )
+    spent = min(privacy.epsilon, epsilon_rdp([charge], usable_delta(privacy.delta, shared=True)))
+    if not room_for_draws(spent, privacy.delta, config.rounds * sites):
+        raise ConfigError(
+            f"{config.rounds} rounds on the noise of {sites} sites at epsilon {spent:.4g}: what drawing it inexactly "
+            f"may add to delta passes what is kept for that of {privacy.delta:g}",
+            advice="plan fewer rounds or a smaller epsilon, or allow a larger delta",
+        )
 
 
 def count_share(noise: float, sites: int) -> float:

@@ -226,7 +226,15 @@ def _budget_table(report: Report) -> Table:
         figures = (site.epsilon, site.cap, site.delta)
         table.add_row(site.site, *("-" if f is None else f"{f:.4g}" for f in figures), str(site.reservations))
     unprotected = any(site.trust is Trust.NONE for site in report.sites)
-    guarantee = "adjacency: add or remove one record; against everybody (trust = site)"
+    whom = "everybody (trust = site)"
+    withstood = {site.colluders for site in report.sites if site.trust is Trust.AGGREGATE}
+    if withstood:
+        least = min(number for number in withstood if number is not None)
+        whom = f"the server with up to {least} colluding sites (trust = aggregate)"
+        spent = [site.epsilon_all_collude for site in report.sites]
+        worst = "unbounded" if None in spent else f"{max(each for each in spent if each is not None):.4g}"
+        whom += f"; epsilon if everybody else colludes: {worst}"
+    guarantee = f"adjacency: add or remove one record; against {whom}"
     table.caption = "NO PRIVACY: trained without noise (--no-dp)" if unprotected else guarantee
     table.caption_justify = "left"
     return table

@@ -47,6 +47,10 @@ def ended(builder: LedgerBuilder) -> Report:
     return builder.audit()
 
 
+GRID = {"scale": 2.0**14, "clip_range": 1000.0}
+"""A grid that shared noise of the offers here can be drawn on."""
+
+
 def privacy(builder: LedgerBuilder, **changes: object):
     return builder.federation.offer().privacy.model_copy(update=changes)
 
@@ -243,7 +247,7 @@ def offer_of_shared_noise_on_a_sparse_graph() -> Report:
     builder = started()
     shared = privacy(builder, trust=Trust.AGGREGATE, noise_sites=4, noise_share=0.75)
     sparse = {"neighbours": 2, "threshold": 1, "colluders": 0, "min_survivors": 4}
-    builder.abort(builder.offer(privacy=shared, **sparse))
+    builder.abort(builder.offer(privacy=shared, **GRID, **sparse))
     return ended(builder)
 
 
@@ -267,7 +271,7 @@ def offer_of_less_noise_than_is_accounted() -> Report:
 def shared_noise_that_counts_on_colluders() -> Report:
     builder = started()
     shared = privacy(builder, trust=Trust.AGGREGATE, noise_sites=3, noise_share=1.5 / 3**0.5)
-    builder.round(privacy=shared, colluders=1, threshold=3, min_survivors=3)
+    builder.round(privacy=shared, colluders=1, threshold=3, min_survivors=3, **GRID)
     return ended(builder)
 
 
@@ -275,14 +279,99 @@ def shared_noise_that_counts_on_colluders() -> Report:
 def shared_noise_that_does_not_add_up() -> Report:
     builder = started()
     shared = privacy(builder, trust=Trust.AGGREGATE, noise_sites=2, noise_share=1.0)
-    builder.round(privacy=shared)
+    builder.round(privacy=shared, **GRID)
     return ended(builder)
+
+
+def shared(builder: LedgerBuilder, **changes: object):
+    """Constants of a round in which two honest survivors share the noise, as an honest server offers them."""
+    values = {"trust": Trust.AGGREGATE, "noise_sites": 2, "noise_share": 1.5 / 2**0.5}
+    return privacy(builder, **{**values, **changes})
+
+
+@attack(Code.OVER_CAP)
+def more_spent_than_the_policy_allows_if_all_others_collude() -> Report:
+    builder = started()
+    builder.policy("site02", max_epsilon_all_collude=1.5)
+    builder.round(privacy=shared(builder), **GRID)
+    return ended(builder)
+
+
+@attack(Code.OUTSIDE_POLICY)
+def shared_noise_that_a_sites_policy_does_not_trust() -> Report:
+    builder = started()
+    builder.policy("site02", trust=(Trust.SITE,))
+    builder.round(privacy=shared(builder), **GRID)
+    return ended(builder)
+
+
+@attack(Code.PARAMETERS)
+def reservation_that_counts_on_more_shares_than_were_offered() -> Report:
+    builder = started()
+    offer = builder.offer(privacy=shared(builder), **GRID)
+    builder.reserve("site00", offer, noise_sites=3, noise_share=1.5 / 3**0.5)
+    builder.abort(offer)
+    return ended(builder)
+
+
+@attack(Code.ELSEWHERE_SHRANK)
+def draws_elsewhere_that_become_fewer() -> Report:
+    builder = started()
+    for draws in (5, 4):
+        offer = builder.offer()
+        builder.reserve("site00", offer, elsewhere_draws=draws)
+        builder.abort(offer)
+    return builder.audit()
 
 
 @attack(Code.OFFER_NOISE)
 def shared_noise_over_several_steps() -> Report:
     builder = started()
-    builder.round(privacy=privacy(builder, trust=Trust.AGGREGATE, steps=2))
+    builder.round(privacy=shared(builder, steps=2), **GRID)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_whose_shares_look_larger_than_they_are() -> Report:
+    """What a site adds follows from the multiplier; the share is what counts if all others collude."""
+    builder = started()
+    builder.round(privacy=shared(builder, noise_share=20.0), **GRID)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_of_no_site() -> Report:
+    builder = started()
+    builder.round(privacy=shared(builder, noise_sites=0), **GRID)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_on_a_grid_that_scaling_rounds_on() -> Report:
+    builder = started()
+    builder.round(privacy=shared(builder), scale=3.0 * 2**12, clip_range=1000.0)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_on_a_grid_too_coarse() -> Report:
+    builder = started()
+    builder.round(privacy=shared(builder), scale=2.0**13, clip_range=1000.0)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_too_fine_to_be_drawn_closely_enough() -> Report:
+    builder = started()
+    builder.round(privacy=shared(builder), scale=2.0**25, clip_range=1.0)
+    return ended(builder)
+
+
+@attack(Code.OFFER_NOISE)
+def shared_noise_of_too_few_steps_to_be_smooth() -> Report:
+    builder = started()
+    few = shared(builder, clip=1.0, noise_multiplier=2.0**-12, noise_share=2.0**-12 / 2**0.5)
+    builder.abort(builder.offer(privacy=few, **GRID))
     return ended(builder)
 
 
@@ -680,3 +769,37 @@ def test_cap_finding_names_the_first_leaf_over_it() -> None:
 def cut(builder: LedgerBuilder, end: int) -> Report:
     lines = builder.lines()[:end]
     return verify_ledger(lines, builder.federation.roster, head_of(lines))
+
+
+def test_shared_noise_as_it_should_be_is_found_nothing_wrong_with() -> None:
+    builder = started()
+    builder.round(privacy=shared(builder), **GRID)
+    assert ended(builder).findings == ()
+
+
+def test_what_was_spent_elsewhere_counts_with_its_shares_and_draws() -> None:
+    """Shared noise spent in another federation is half as much if all others collude, and takes of delta here."""
+    builder = LedgerBuilder().enrol()
+    offer = builder.offer()
+    spent = Charge(sampling_rate=0.25, noise_multiplier=1.5, steps=40)
+    own = spent.model_copy(update={"noise_multiplier": 1.5 / 2**0.5})
+    builder.reserve("site00", offer, elsewhere=(spent,), elsewhere_alone=(own,), elsewhere_draws=80)
+    builder.abort(offer)
+    report = builder.audit()
+    assert report.ok, report.findings
+    row = next(row for row in report.sites if row.site == "site00")
+    here = Charge(sampling_rate=0.25, noise_multiplier=1.5, steps=1)
+    usable = 1e-5 * (1 - 2.0**-10)
+    assert row.epsilon == epsilon([spent, here], usable) > epsilon([spent, here], 1e-5)
+    assert row.epsilon_rdp == epsilon_rdp([spent, here], usable)
+    assert row.epsilon_all_collude == epsilon_rdp([own, here], usable) > row.epsilon
+
+
+def test_data_once_trained_on_without_noise_stays_unprotected() -> None:
+    builder = LedgerBuilder().enrol()
+    for site in builder.federation.names:
+        builder.policy(site, trust=tuple(Trust), min_noise_multiplier=1e-6)
+    none = privacy(builder, trust=Trust.NONE, noise_multiplier=1e-6, noise_share=1e-6)
+    builder.round(privacy=none)
+    builder.round(privacy=shared(builder), **GRID)
+    assert {row.trust for row in builder.audit().sites} == {Trust.NONE}

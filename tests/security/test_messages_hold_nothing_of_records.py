@@ -97,6 +97,7 @@ SITE_SENDS: dict[type, dict[str, Source]] = {
         "graphs": P,
         "schedule": P,
         "min_evaluation_noise": P,
+        "max_epsilon_all_collude": P,
     },
     records.Reservation: {
         "seq": P,
@@ -112,6 +113,8 @@ SITE_SENDS: dict[type, dict[str, Source]] = {
         "clip": P,
         "delta": P,
         "elsewhere": N,
+        "elsewhere_alone": N,
+        "elsewhere_draws": P,
         "evaluation": N,
     },
     records.EvaluationCharge: {"noise": P, "noise_share": P},

@@ -1,5 +1,7 @@
 """From settings to offers."""
 
+import math
+
 import pytest
 from support.federation import Federation
 
@@ -13,11 +15,11 @@ from fedfuse_shared.config.federation import (
     TrainingConfig,
 )
 from fedfuse_shared.config.model import EncoderConfig, ModelConfig
-from fedfuse_shared.config.privacy import PrivacyConfig
+from fedfuse_shared.config.privacy import PrivacyConfig, Schedule
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.ledger.records import Charge
 from fedfuse_shared.offer import Segment
-from fedfuse_shared.privacy.accountant import epsilon
+from fedfuse_shared.privacy.accountant import epsilon, epsilon_enforced
 
 MODEL = ModelConfig(classes=("a", "b"), encoders={Modality.TEXT: EncoderConfig(name="hashed-words")})
 
@@ -65,6 +67,18 @@ def test_shared_noise_is_sized_for_those_who_are_sure_to_be_honest():
 def test_what_shared_noise_cannot_be_accounted_with_is_refused(changes, said):
     with pytest.raises(ConfigError, match=said):
         resolve(config(**changes))
+
+
+def test_shared_noise_is_calibrated_at_the_delta_that_inexact_draws_leave():
+    asked = config(rounds=10, privacy=PrivacyConfig(trust=Trust.AGGREGATE, epsilon=2.0, sampling_rate=0.25))
+    sigma = resolve(asked).privacy.noise_multiplier
+
+    def cost(noise, sites):
+        charge = Charge(sampling_rate=0.25, noise_multiplier=noise, steps=10)
+        return epsilon_enforced([charge], 1e-5, Schedule.FIXED, 10 * sites)
+
+    assert cost(sigma, 6) <= 2.0 < cost(0.99 * sigma, 6)
+    assert cost(sigma, 10**9) == math.inf
 
 
 def test_the_plan_a_policy_pins_changes_with_training_and_privacy_and_not_with_performance():

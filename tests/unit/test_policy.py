@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,14 @@ from hypothesis import strategies as st
 from fedfuse_client.policy import SitePolicy, check_offer, load_policy
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Modality, Trust
+from fedfuse_shared.config.evaluation import Detail
 from fedfuse_shared.config.federation import TrainingConfig
 from fedfuse_shared.config.model import EncoderConfig, ModelConfig
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.envelope import canonical
 from fedfuse_shared.errors import ConfigError, PolicyError
 from fedfuse_shared.ledger import records
-from fedfuse_shared.offer import Offer, RoundPrivacy, Segment
+from fedfuse_shared.offer import Evaluation, Offer, RoundPrivacy, Segment
 
 SITES = ("lyon", "oslo", "porto", "turin", "ulm", "york")
 PRIVACY: dict[str, Any] = {
@@ -191,7 +192,6 @@ def test_every_other_key_changes_the_hash(tmp_path: Path) -> None:
         "federation": "other",
         "roster_hash": "b" * 64,
         "epsilon_cap": 7.5,
-        "max_epsilon_all_collude": 20.0,
         "delta": 1e-6,
         "min_participants": 5,
         "min_survivors": 4,
@@ -206,6 +206,7 @@ def test_every_other_key_changes_the_hash(tmp_path: Path) -> None:
         "max_lifetime": 600,
         "schedule": "free",
         "min_evaluation_noise": 20.0,
+        "max_epsilon_all_collude": 20.0,
         "models": ["c" * 64],
         "code": ["d" * 64],
         "plans": [PLAN],
@@ -292,30 +293,96 @@ def test_an_offer_beyond_one_bound_is_refused(policy: SitePolicy, changes: dict[
     records.Refusal(seq=1, prev="0" * 64, context="0" * 64, reason=str(caught.value))  # it fits a ledger leaf
 
 
+SHARED: dict[str, Any] = {
+    "trust": Trust.AGGREGATE,
+    "steps": 1,
+    "noise_multiplier": 4.0,
+    "noise_share": 2.0,
+    "noise_sites": 4,
+}
+
+
+def shared(privacy: dict[str, Any] | None = None, **changes: Any) -> Offer:
+    """An offer of four honest survivors, of five that survive at least, who share the noise."""
+    return offer(SHARED | (privacy or {}), **({"scale": 2.0**12} | changes))
+
+
+@pytest.fixture
+def open_minded(policy: SitePolicy) -> SitePolicy:
+    return policy.model_copy(update={"trust": (Trust.SITE, Trust.AGGREGATE)})
+
+
+def test_shared_noise_is_accepted_only_where_the_policy_allows_it(
+    policy: SitePolicy, open_minded: SitePolicy
+) -> None:
+    check_offer(open_minded, shared())
+    with pytest.raises(PolicyError, match="relies on trust = aggregate, policy allows site; add it to trust"):
+        check_offer(policy, shared())
+
+
+@pytest.mark.parametrize("sites", [1, 2, 3])
+def test_shared_noise_may_count_on_fewer_sites_than_are_sure_to_be_honest(
+    open_minded: SitePolicy, sites: int
+) -> None:
+    check_offer(open_minded, shared({"noise_sites": sites, "noise_share": 4.0 / sites**0.5}))
+
+
 @pytest.mark.parametrize(
-    ("changes", "privacy", "said"),
+    ("privacy", "changes", "says"),
     [
-        ({}, {"noise_sites": 5}, "counts on the noise of 5 sites, only 4 survivors are sure to be honest"),
-        ({}, {"noise_share": 1.0}, "3 shares of 1.0 for noise 3.0"),
-        ({}, {"steps": 2}, "over 2 local steps"),
-        ({"scale": 2.0**10}, {}, "a grid of 1024.0 steps per unit"),
-        ({"scale": 3.0 * 2**13}, {}, "no power of two"),
-        ({"scale": 2.0**18, "clip_range": 2000.0}, {}, "a ring of 32 bits"),
+        ({"noise_sites": 5, "noise_share": 4.0 / 5**0.5}, {}, "noise of 5 sites, only 4 survivors are sure"),
+        ({"noise_sites": 0}, {}, "noise of 0 sites, only 4 survivors are sure"),
+        ({}, {"colluders": 2}, "noise of 4 sites, only 3 survivors are sure"),
+        ({"steps": 2}, {}, "shares noise over 2 local steps"),
+        ({"noise_share": 1.999999}, {}, "has 4 shares of 1.999999 for noise 4.0"),
+        ({"noise_share": 1000.0}, {}, "has 4 shares of 1000.0 for noise 4.0"),
+        ({}, {"scale": 3.0 * 2**11}, "6144 steps per unit are no power of two"),
+        ({}, {"scale": 2.0**11}, "a grid of 2048.0 steps per unit, at least 4096.0 keep rounding small"),
+        ({}, {"scale": 2.0**24, "clip_range": 1e-3}, "noise of 5.03e+07 steps, at most 1.68e+07"),
+        ({"clip": 1e-310}, {}, "no grid of float64 fits"),
+        (
+            {"noise_multiplier": 1e300, "noise_share": 5e299},
+            {},
+            "at most 1.68e+07 can be drawn closely enough",
+        ),
+        (
+            {},
+            {"ring_bits": 20, "clip_range": 16.0},
+            "a ring of 20 bits holds sums up to 524287; 6 sites clamped",
+        ),
+        ({}, {"clip_range": 2.0**40}, "a ring of 32 bits holds sums up to 2147483647; 6 sites clamped"),
+        ({}, {"layout": (Segment(name="head", size=2**24),)}, "reckoned with are at most 16767216"),
+        (
+            {"noise_multiplier": 0.5, "noise_share": 0.25},
+            {},
+            "asks for noise multiplier 0.5, policy allows at least",
+        ),
     ],
 )
-def test_shares_of_noise_have_to_add_up(policy: SitePolicy, changes, privacy, said) -> None:
-    open_minded = policy.model_copy(update={"trust": (Trust.SITE, Trust.AGGREGATE)})
-    shared = {
-        "trust": Trust.AGGREGATE,
-        "steps": 1,
-        "noise_multiplier": 3.0,
-        "noise_sites": 3,
-        "noise_share": 3.0 / math.sqrt(3),
-    }
-    usual = {"scale": 2.0**17, "clip_range": 100.0}
-    check_offer(open_minded, offer(privacy=shared, **usual))
-    with pytest.raises(PolicyError, match=said):
-        check_offer(open_minded, offer(privacy={**shared, **privacy}, **{**usual, **changes}))
+def test_shared_noise_that_is_not_worth_what_is_charged_is_refused(
+    open_minded: SitePolicy, privacy: dict[str, Any], changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(PolicyError) as caught:
+        check_offer(open_minded, shared(privacy, **changes))
+    assert says in str(caught.value)
+
+
+def test_shared_noise_on_counts_has_to_add_up_too(open_minded: SitePolicy) -> None:
+    counting = open_minded.model_copy(update={"min_evaluation_noise": 8.0, "schedule": Schedule.FREE})
+    # Four shares, and what smoothing takes.
+    enough = (20.0**2 + 4) ** 0.5 / 2 * (1 + 1e-12)
+    asked = {"every": 1, "detail": Detail.ACCURACY, "noise": 20.0}
+    check_offer(counting, shared(evaluation=Evaluation(**asked, noise_share=enough)))
+    with pytest.raises(PolicyError, match=r"has 4 shares of 10.0 for noise 20.0 on counts"):
+        check_offer(counting, shared(evaluation=Evaluation(**asked, noise_share=10.0)))
+
+
+def test_shared_noise_of_too_few_steps_to_be_smooth_is_refused(open_minded: SitePolicy) -> None:
+    lenient = open_minded.model_copy(update={"min_noise_multiplier": 1e-6})
+    with pytest.raises(PolicyError, match=r"noise of 3\.61 steps, at least 8 add up smoothly"):
+        check_offer(
+            lenient, shared({"noise_multiplier": 2.0**-10, "noise_share": 2.0**-11}, scale=2.0**11 * 2)
+        )
 
 
 def test_the_ring_is_filled_to_the_last_unit_and_no_further(policy: SitePolicy) -> None:

@@ -113,7 +113,7 @@ class Reservation(SiteLeaf):
     """Privacy charged before any record is read; never refunded."""
 
     kind: ClassVar[str] = "reservation"
-    added: ClassVar[frozenset[str]] = frozenset({"evaluation"})
+    added: ClassVar[frozenset[str]] = frozenset({"evaluation", "elsewhere_alone", "elsewhere_draws"})
 
     context: Hex32
     dataset: Hex32
@@ -130,6 +130,10 @@ class Reservation(SiteLeaf):
     """Everything spent on this data set outside this ledger, merged by mechanism."""
     evaluation: EvaluationCharge | None = None
     """Counts of test rows that leave in the same vector."""
+    elsewhere_alone: Annotated[tuple[Charge, ...], Field(max_length=1000)] | None = None
+    """``elsewhere`` as it counts if everybody else colludes; None: the same."""
+    elsewhere_draws: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
+    """Integer draws on each coordinate (``draws``) among what was spent elsewhere."""
 
     @property
     def charges(self) -> tuple[Charge, ...]:

@@ -15,7 +15,7 @@ from fedfuse_shared.config.base import Trust
 from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.ledger.records import Charge, Policy, Reservation
 from fedfuse_shared.ledger.verification_report import Code, Findings, SiteReport
-from fedfuse_shared.privacy.accountant import epsilon_enforced, epsilon_rdp, usable_delta
+from fedfuse_shared.privacy.accountant import epsilon_enforced
 from fedfuse_shared.privacy.mechanisms import Steps, charges_of, merge, steps_by_mechanism
 
 ROUNDING: Final = 1e-6
@@ -28,10 +28,16 @@ class _Spending:
 
     leaf: int
     charges: tuple[Charge, ...]
+    own_charges: tuple[Charge, ...]
+    """The same as they count if everybody else colludes: the site's own share of the noise."""
     draws: int
-    """Integer draws on each coordinate up to here."""
+    """Integer draws on each coordinate up to here, on this ledger."""
     elsewhere: tuple[Charge, ...]
+    elsewhere_alone: tuple[Charge, ...]
+    elsewhere_draws: int
     cap: float | None
+    cap_alone: float | None
+    """Cap on what is spent if everybody else colludes."""
     delta: float
     unprotected: bool
     """Trained without a guarantee (trust = none)."""
@@ -52,45 +58,52 @@ class Budget:
     matched: int = 0
     rounds: int = 0
     spendings: list[_Spending] = field(default_factory=list)
-    alone: Steps = field(default_factory=Counter)
-    """The charges as they count if everybody else colludes: the site's own share of the noise."""
-    alone_cap: float | None = None
-    """Most that these may cost, by the policy of the last reservation."""
     elsewhere: Steps = field(default_factory=Counter)
+    elsewhere_draws: int = 0
 
     def reserve(self, leaf: int, body: Reservation, policy: Policy | None, findings: Findings) -> None:
         """Charge a reservation."""
         elsewhere = steps_by_mechanism(body.elsewhere)
-        if any(elsewhere[mechanism] < steps for mechanism, steps in self.elsewhere.items()):
+        fewer = any(elsewhere[mechanism] < steps for mechanism, steps in self.elsewhere.items())
+        if fewer or body.elsewhere_draws < self.elsewhere_draws:
             detail = (
                 f"reports less spent outside this ledger on data set {self.dataset[:8]}… than it did before"
             )
             findings.add(Code.ELSEWHERE_SHRANK, leaf, self.site, detail)
         self.elsewhere |= elsewhere  # of each mechanism the most that was ever reported
+        self.elsewhere_draws = max(self.elsewhere_draws, body.elsewhere_draws)
         if body.trust is Trust.NONE:
             self.trust = Trust.NONE
         if body.trust is Trust.AGGREGATE:
             known = body.colluders if self.colluders is None else self.colluders
             self.colluders = min(known, body.colluders)
-            if self.trust is not Trust.NONE:
+            if (
+                self.trust is not Trust.NONE
+            ):  # which stays: nothing protects what was trained on without noise
                 self.trust = Trust.AGGREGATE
-        if policy is not None:
-            self.alone_cap = policy.max_epsilon_all_collude
-        self.alone += steps_by_mechanism(body.own_charges)
         before = self.spendings[-1] if self.spendings else None
         schedule = policy.schedule if policy else Schedule.FREE
         # As this reservation reports it: keeping the union with every one would take the square of the ledger.
         spent_elsewhere = charges_of(elsewhere)
+        alone = spent_elsewhere if body.elsewhere_alone is None else merge(body.elsewhere_alone)
         # Rounds are alike: equal values share one object, so that a million leaves fit in memory.
         self.spendings.append(
             _Spending(
                 leaf=leaf,
                 charges=before.charges if before and before.charges == body.charges else body.charges,
+                own_charges=before.own_charges
+                if before and before.own_charges == body.own_charges
+                else body.own_charges,
                 draws=(before.draws if before else 0) + body.draws,
                 elsewhere=before.elsewhere
                 if before and before.elsewhere == spent_elsewhere
                 else spent_elsewhere,
+                elsewhere_alone=before.elsewhere_alone
+                if before and before.elsewhere_alone == alone
+                else alone,
+                elsewhere_draws=body.elsewhere_draws,
                 cap=policy.epsilon_cap if policy else None,
+                cap_alone=policy.max_epsilon_all_collude if policy else None,
                 delta=policy.delta if policy else body.delta,
                 unprotected=body.trust is Trust.NONE,
                 schedule=schedule,
@@ -99,15 +112,18 @@ class Budget:
         )
 
     def check(self, findings: Findings) -> None:
-        """Compare epsilon at every prefix with the cap that stood then.
-
-        Epsilon never falls as charges are added, so within a stretch under one policy the last prefix answers for
-        all; only where it is over the cap the first one that was is searched, by bisection.
-        """
+        """Compare epsilon at every prefix with the caps that stood then."""
         start = 0
-        for (cap, delta, unprotected, schedule, counted), stretch in groupby(
+        for (cap, cap_alone, unprotected, schedule, *_), stretch in groupby(
             self.spendings,
-            key=lambda each: (each.cap, each.delta, each.unprotected, each.schedule, each.counted),
+            key=lambda each: (
+                each.cap,
+                each.cap_alone,
+                each.unprotected,
+                each.schedule,
+                each.counted,
+                each.delta,
+            ),
         ):
             end = start + len(list(stretch))
             if unprotected:
@@ -115,36 +131,34 @@ class Budget:
                 start = end
                 continue
             self._check_schedule(start, end, schedule, findings)
-            spent = self._spent(end, delta, counted)
-            if cap is not None and over(spent, cap):
-                low, high = start, end - 1
-                while low < high:
-                    middle = (low + high) // 2
-                    too_much = over(self._spent(middle + 1, delta, counted), cap)
-                    low, high = (low, middle) if too_much else (middle + 1, high)
-                here = self._spent(low + 1, delta, counted)
-                detail = (
-                    f"brings epsilon on data set {self.dataset[:8]}… over the site's cap of {cap:g}: "
-                    f"{_shown(here)} here, {_shown(spent)} by leaf "
-                    f"{self.spendings[end - 1].leaf} (delta {delta:g})"
-                )
-                findings.add(Code.OVER_CAP, self.spendings[low].leaf, self.site, detail)
+            if cap is not None:
+                self._check_cap(start, end, cap, findings, alone=False)
+            if cap_alone is not None:
+                self._check_cap(start, end, cap_alone, findings, alone=True)
             start = end
 
-        self._check_alone(findings)
+    def _check_cap(self, start: int, end: int, cap: float, findings: Findings, *, alone: bool) -> None:
+        """Find the first reservation of a stretch under one policy that passed a cap.
 
-    def _check_alone(self, findings: Findings) -> None:
-        """Compare what is spent if everybody else colludes with the cap the site's last policy set for it."""
-        if self.alone_cap is None or not self.spendings:
+        Epsilon never falls as charges are added, so the last prefix answers for all; only where it is over the cap
+        the first one that was is searched, by bisection.
+        """
+        delta, counted = self.spendings[end - 1].delta, self.spendings[end - 1].counted
+        spent = self._spent(end, delta, counted, alone=alone)
+        if not over(spent, cap):
             return
-        last = self.spendings[-1]
-        alone = self._spent_alone(last.delta, last.counted)
-        if over(alone, self.alone_cap):
-            detail = (
-                f"brings epsilon on data set {self.dataset[:8]}… to {_shown(alone)} if all other sites collude, over "
-                f"the site's cap of {self.alone_cap:g} for that"
-            )
-            findings.add(Code.OVER_CAP, last.leaf, self.site, detail)
+        low, high = start, end - 1
+        while low < high:
+            middle = (low + high) // 2
+            too_much = over(self._spent(middle + 1, delta, counted, alone=alone), cap)
+            low, high = (low, middle) if too_much else (middle + 1, high)
+        here = self._spent(low + 1, delta, counted, alone=alone)
+        against = " if all others collude" if alone else ""
+        detail = (
+            f"brings epsilon{against} on data set {self.dataset[:8]}… over the site's cap of {cap:g}: "
+            f"{_shown(here)} here, {_shown(spent)} by leaf {self.spendings[end - 1].leaf} (delta {delta:g})"
+        )
+        findings.add(Code.OVER_CAP, self.spendings[low].leaf, self.site, detail)
 
     def _check_schedule(self, start: int, end: int, schedule: Schedule, findings: Findings) -> None:
         """Find the first reservation of a stretch that changed a mechanism its policy had fixed."""
@@ -176,8 +190,11 @@ class Budget:
             colluders=self.colluders,
             epsilon=_finite(self._spent(len(self.spendings), delta, counted)),
             schedule=schedule,
-            epsilon_rdp=_finite(epsilon_rdp(charges, usable_delta(delta, shared=last.draws > 0))),
-            epsilon_all_collude=_finite(self._spent_alone(delta, counted)),
+            # By the same rules as a free schedule's: at the delta that inexact draws leave.
+            epsilon_rdp=_finite(
+                epsilon_enforced(charges, delta, Schedule.FREE, last.draws + last.elsewhere_draws)
+            ),
+            epsilon_all_collude=_finite(self._spent(len(self.spendings), delta, counted, alone=True)),
             delta=delta,
             cap=policy.epsilon_cap if policy else None,
             adjacency="add-or-remove-one-record",
@@ -187,19 +204,23 @@ class Budget:
             mechanisms=len(steps_by_mechanism(charges)),
         )
 
-    def _spent(self, count: int, delta: float, schedule: Schedule) -> float:
+    def _spent(self, count: int, delta: float, schedule: Schedule, *, alone: bool = False) -> float:
         """Return epsilon after the first reservations."""
-        return epsilon_enforced(self._prefix(count), delta, schedule, self.spendings[count - 1].draws)
+        last = self.spendings[count - 1]
+        draws = last.draws + last.elsewhere_draws
+        return epsilon_enforced(self._prefix(count, alone=alone), delta, schedule, draws)
 
-    def _spent_alone(self, delta: float, schedule: Schedule) -> float:
-        """Return epsilon after all reservations if everybody else colludes."""
-        last = self.spendings[-1]
-        return epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, schedule, last.draws)
+    def _prefix(self, count: int, *, alone: bool = False) -> tuple[Charge, ...]:
+        """Return all charges of the first reservations, and what was spent elsewhere by then.
 
-    def _prefix(self, count: int) -> tuple[Charge, ...]:
-        """Return all charges of the first reservations, and what was spent elsewhere by then."""
-        here = chain.from_iterable(spending.charges for spending in islice(self.spendings, count))
-        return merge(chain(here, self.spendings[count - 1].elsewhere))
+        Args:
+            count: How many.
+            alone: As they count if everybody else colludes.
+        """
+        first, last = islice(self.spendings, count), self.spendings[count - 1]
+        if alone:
+            return merge(chain(chain.from_iterable(each.own_charges for each in first), last.elsewhere_alone))
+        return merge(chain(chain.from_iterable(each.charges for each in first), last.elsewhere))
 
 
 def idle(site: str, policy: Policy | None) -> SiteReport:

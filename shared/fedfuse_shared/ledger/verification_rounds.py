@@ -9,10 +9,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final
 
 from fedfuse_shared.config.base import Trust
 from fedfuse_shared.config.federation import GraphKind
@@ -23,14 +21,11 @@ from fedfuse_shared.ledger.records import Close, Outcome, Policy, Receipt, Refus
 from fedfuse_shared.ledger.verification_report import Code, Findings
 from fedfuse_shared.messages import Agreement
 from fedfuse_shared.offer import Evaluation, Offer, RoundPrivacy
-from fedfuse_shared.privacy.integer_noise import SMOOTH
+from fedfuse_shared.privacy import promise
 from fedfuse_shared.roster import Roster
 from fedfuse_shared.secagg import transcript
 from fedfuse_shared.secagg.bounds import Bounds
 from fedfuse_shared.secagg.graph import COMPLETE
-
-_SLACK: Final = 1e-12
-"""Relative rounding of one floating-point square root."""
 
 
 @dataclass(slots=True)
@@ -291,26 +286,11 @@ def _noise(offer: Offer) -> str | None:
     """Return why the shares do not add up to the noise that is accounted (design page 3, step 2), if so."""
     asked, counted = offer.privacy, offer.evaluation
     if asked.trust is Trust.AGGREGATE:
-        return next(_short_shares(offer), None)
+        return next((each.what for each in promise.broken(offer)), None)
     whole = counted is None or counted.noise_share == counted.noise
     if whole and asked.noise_share == asked.noise_multiplier and asked.noise_sites == 1:
         return None
     return f"lets sites add less noise than is accounted, with trust = {asked.trust.value}"
-
-
-def _short_shares(offer: Offer) -> Iterator[str]:
-    asked, counted = offer.privacy, offer.evaluation
-    sites, honest = asked.noise_sites, offer.min_survivors - offer.colluders
-    if not 1 <= sites <= honest:
-        yield f"counts on the noise of {sites} sites, {honest} honest survivors are certain"
-    if asked.noise_share * math.sqrt(sites) < asked.noise_multiplier * (1 - _SLACK):
-        yield f"has shares of {asked.noise_share:g} that do not add up to {asked.noise_multiplier:g}"
-    if asked.noise_share * math.sqrt(sites) > asked.noise_multiplier * (1 + _SLACK):
-        yield f"counts shares of {asked.noise_share:g}, sites add fewer for noise {asked.noise_multiplier:g}"
-    if counted is not None and sites * counted.noise_share**2 - SMOOTH**2 < counted.noise**2 * (1 - _SLACK):
-        yield f"has shares of {counted.noise_share:g} on counts that do not add up to {counted.noise:g}"
-    if asked.steps != 1:
-        yield f"shares the noise between sites over {asked.steps} local steps; only one can be accounted"
 
 
 def _differing(body: Reservation, attempt: Attempt) -> list[str]:

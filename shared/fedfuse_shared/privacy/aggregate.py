@@ -31,6 +31,7 @@ NOISE_REACH: Final = 12.0
 """Deviations of the summed noise that a ring leaves room for; more has probability below 2**-102."""
 
 _UP: Final = 1 + 2.0**-48  # more than a dozen roundings of float64 can lose
+_TINY: Final = 2.0**-1000  # beyond it and its inverse, powers of two leave float64
 _UNIT: Final = 2.0**-53  # largest relative error of one float64 addition
 
 
@@ -78,7 +79,8 @@ def share(sigma: float, honest: int) -> float:
 def share_deviation(sigma: float, honest: int, clip: float, scale: float, dimension: int) -> float:
     """Return the deviation v of one site's share, in grid steps, such that ``charged_sigma`` is at least ``sigma``.
 
-    Smoothing the integers costs the sum a variance of r^2 = 4 steps, so ``honest * v^2 = (sigma C' scale)^2 + r^2``.
+    Smoothing the integers costs a variance of r^2 = 4 steps. Every share makes up for it on its own, so that it is
+    worth ``share(sigma, honest)`` even alone: ``v^2 = (sigma C' scale)^2 / honest + r^2``.
 
     Args:
         sigma: Noise multiplier that is charged.
@@ -90,8 +92,8 @@ def share_deviation(sigma: float, honest: int, clip: float, scale: float, dimens
     Raises:
         ConfigError: a constant outside its range. Whether v can be drawn is for ``IntegerGaussian`` to say.
     """
-    whole = sigma * sensitivity(clip, scale, dimension) * scale
-    return share(math.hypot(whole, SMOOTH), honest) * _UP**4  # of which charged_sigma takes back less
+    own = share(sigma, honest) * sensitivity(clip, scale, dimension) * scale
+    return math.hypot(own, SMOOTH) * _UP**4  # of which charged_sigma takes back less
 
 
 def charged_sigma(deviation: float, honest: int, clip: float, scale: float, dimension: int) -> float:
@@ -150,7 +152,12 @@ def least_scale(clip: float, dimension: int) -> float:
         ConfigError: a constant outside its range.
     """
     _check(clip=clip, scale=1.0, dimension=dimension)
-    scale = 2.0 ** math.floor(math.log2(FINENESS * math.sqrt(dimension) / clip) - 1)
+    wanted = FINENESS * math.sqrt(dimension) / clip
+    if not _TINY < wanted < 1 / _TINY:
+        raise ConfigError(
+            f"no grid of float64 fits clip norm {clip:g} and {dimension} coordinates", advice="1.0 is usual"
+        )
+    scale = 2.0 ** math.floor(math.log2(wanted) - 1)
     while (Fraction(scale) * Fraction(clip)) ** 2 < FINENESS**2 * dimension:
         scale *= 2
     return scale
