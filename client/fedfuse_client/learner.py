@@ -111,9 +111,9 @@ class Learner:
         Raises:
             ConfigError: a layer mixes records or keeps state, or no way to the gradients is proven.
         """
-        from fedfuse_client.gradient_choice import mode_for  # noqa: PLC0415 - imports torch
+        from fedfuse_client.gradient_choice import choice_for  # noqa: PLC0415 - imports torch
 
-        mode_for(self._model_for(offer), MICROBATCH, GRADIENTS)
+        choice_for(self._model_for(offer), MICROBATCH, GRADIENTS)
 
     def update(self, offer: Offer, weights: NDArray[np.float32]) -> Words:
         """Train from the global weights and return the quantised update and counts, shape ``(d + tail + counts,)``.
