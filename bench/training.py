@@ -66,7 +66,9 @@ def _repeated(name: str, step: Callable[[list[int]], None]) -> Callable[[], obje
 
     def repeated() -> None:
         for _ in range(STEPS.get(name, 2)):
-            np.flatnonzero(noise.poisson_mask(ROWS, SAMPLING)).tolist()  # what a draw takes; all get the same one
+            np.flatnonzero(
+                noise.poisson_mask(ROWS, SAMPLING)
+            ).tolist()  # what a draw takes; all get the same one
             step(next(turns))
 
     return repeated
@@ -130,7 +132,7 @@ def _private(name: str) -> Callable[[list[int]], None]:
     from fedfuse_shared.privacy.noise import NoiseSource
 
     model, data = _prepared(name)
-    choice, trained = choice_for(model, MICROBATCH), copy.deepcopy(model)
+    choice, trained = choice_for(model, MICROBATCH, expected=EXPECTED), copy.deepcopy(model)
     print(f"{name}: {choice.name}, microbatches of {choice.shapes or MICROBATCH}", flush=True)
     mode = choice.mode(trained)
     optimizer = PrivateOptimizer(

@@ -54,32 +54,35 @@ _HOPELESS: Final = 3.0
 _REPEATS: Final = 21
 _AT_LEAST: Final = 3
 _SECONDS: Final = 0.2  # after which timing is not repeated
-_chosen: dict[tuple[str, str, int, int, str], Choice] = {}
+_chosen: dict[tuple[str, str, int, int, str, int], Choice] = {}
 _choosing = threading.Lock()
 
 
-def choice_for(model: MultimodalClassifier, count: int, wanted: str = FASTEST) -> Choice:
+def choice_for(model: MultimodalClassifier, count: int, wanted: str = FASTEST, expected: int = 0) -> Choice:
     """Return the gradient mode and the packing for a model and a size of microbatch, chosen once per process.
 
     Args:
         model: Its settings decide; its weights play no part.
         count: Rows of every microbatch.
         wanted: A name in :data:`MODES`, which must then pass, or :data:`FASTEST`.
+        expected: Records that a step draws on average; public.
 
     Raises:
         ConfigError: the model mixes records or keeps state, no mode passes, or there is none of that name.
     """
-    key = (model.config.model_dump_json(), repr(model), count, torch.get_num_threads(), wanted)
+    key = (model.config.model_dump_json(), repr(model), count, torch.get_num_threads(), wanted, expected)
     with _choosing:
         if key not in _chosen:
             # Mixing shows only among several records.
             pair = [microbatch(model.config, max(count, _FEWEST), seed) for seed in (2, 3)]
-            found = choose(model, pair[0], pair[1], wanted)
+            found = choose(model, pair[0], pair[1], wanted, expected)
             _chosen[key] = found if count >= _FEWEST else found._replace(shapes=())
         return _chosen[key]
 
 
-def choose(model: nn.Module, batch: Microbatch, other: Microbatch, wanted: str = FASTEST) -> Choice:
+def choose(
+    model: nn.Module, batch: Microbatch, other: Microbatch, wanted: str = FASTEST, expected: int = 0
+) -> Choice:
     """Return the fastest mode that is proven for a model, or the one wanted; one that rows do not matter to, if any.
 
     Args:
@@ -87,6 +90,7 @@ def choose(model: nn.Module, batch: Microbatch, other: Microbatch, wanted: str =
         batch: Synthetic records in the shape of every microbatch, at least three.
         other: As many others.
         wanted: A name in :data:`MODES`, or :data:`FASTEST`.
+        expected: Records that a step draws on average.
 
     Raises:
         ConfigError: as for :func:`choice_for`; the message says of each mode why it did not pass.
@@ -106,13 +110,15 @@ def choose(model: nn.Module, batch: Microbatch, other: Microbatch, wanted: str =
             refused.append(f"{name}: {reason}")
             _LOG.info("gradient mode %s is not proven for this model: %s", name, reason)
             continue
-        found = Choice(name, shapes_alike(name, model, batch, other))
+        found = Choice(name, shapes_alike(name, model, batch, other, expected))
         first = first or found
         if found.shapes:
             first = found
             break
     if first is not None:
-        _LOG.info("gradients by mode %s, for microbatches of %s", first.name, first.shapes or len(batch.labels))
+        _LOG.info(
+            "gradients by mode %s, for microbatches of %s", first.name, first.shapes or len(batch.labels)
+        )
         return first
     raise ConfigError(
         f"no gradient mode gives this model's per-record gradients ({'; '.join(refused)})",

@@ -42,21 +42,30 @@ class Dense:
         return (weights @ rows).view(self.rows.shape[1:])
 
 
-@dataclass(frozen=True, slots=True)
 class Factored:
     """Gradients as outer products of ``left`` ``(batch, outputs)`` and ``right`` ``(batch, inputs)``."""
 
-    left: Tensor
-    right: Tensor
+    __slots__ = ("_norms", "_wide", "left", "right")
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left = left
+        self.right = right
+        # Widened once, for norms and sums alike.
+        self._wide = left.to(torch.float64), right.to(torch.float64)
+        self._norms = tuple(map(_squared_norms, self._wide))
 
     def squared_norms(self) -> Tensor:
         """Return each record's squared L2 norm, ``(batch,)``."""
-        return _squared_norms(self.left) * _squared_norms(self.right)
+        return self._norms[0] * self._norms[1]
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Return the weighted sum, ``(outputs, inputs)``."""
-        left, right = _silenced(self.left, weights), _silenced(self.right, weights)
-        return (left * weights[:, None]).T @ right
+        silent = ~(weights > 0)
+        # Zeros silence what is finite, as right nearly always is: then the large factor need not be copied.
+        left, right = self._wide
+        if not self._norms[1].isfinite().all():
+            right = right.masked_fill(silent[:, None], 0.0)
+        return (left * weights[:, None]).masked_fill_(silent[:, None], 0.0).T @ right
 
 
 def _squared_norms(rows: Tensor) -> Tensor:

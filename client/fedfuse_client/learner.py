@@ -113,7 +113,7 @@ class Learner:
         """
         from fedfuse_client.gradient_choice import choice_for  # noqa: PLC0415 - imports torch
 
-        choice_for(self._model_for(offer), MICROBATCH, GRADIENTS)
+        choice_for(self._model_for(offer), MICROBATCH, GRADIENTS, offer.privacy.expected_batch_size)
 
     def update(self, offer: Offer, weights: NDArray[np.float32]) -> Words:
         """Train from the global weights and return the quantised update and counts, shape ``(d + tail + counts,)``.

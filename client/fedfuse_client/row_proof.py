@@ -12,72 +12,105 @@ threads; libraries do not promise the same number of threads each time unless it
 from __future__ import annotations
 
 import copy
+import math
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from fedfuse_client.gradient_modes import MODES, GradientMode, Microbatch
+from fedfuse_client.gradient_proof import spoilt
 from fedfuse_client.gradients import Dense, Factored
 from fedfuse_client.synthetic import cancelling, shaken
 
 _SCALES: Final = (1.0, 1e6)
-_SHAPES: Final = 4  # each half the one before
-_SMALLEST: Final = 16
+_KEPT: Final = 3  # records that are compared
+_STEP: Final = 16  # sizes are multiples of it
+_HELD: Final = 2**20
+"""Numbers of float32 that a larger microbatch may hold of its records' gradients: about a processor's cache."""
 
 
-def shapes_alike(name: str, model: nn.Module, batch: Microbatch, other: Microbatch) -> tuple[int, ...]:
+def shapes_alike(
+    name: str, model: nn.Module, batch: Microbatch, other: Microbatch, expected: int = 0
+) -> tuple[int, ...]:
     """Return the sizes of microbatch between which, and in whose every row, a mode gives a record the same bits.
 
     Args:
         name: A mode in :data:`MODES` that was proven for the model.
         model: Left as it is.
-        batch: Synthetic records in the largest shape.
+        batch: Synthetic records in the shape it was proven in.
         other: As many others.
+        expected: Records that a step draws on average; if their gradients are small, one shape shall hold them all.
 
     Returns:
-        The largest shape first; empty if a record's row matters in that one already.
+        The largest first; empty if a record's row matters in the given shape already.
     """
     count = len(batch.labels)
     if torch.get_num_threads() != 1:
         return ()
-    shapes = [count, *(size for part in range(1, _SHAPES) if (size := count >> part) >= _SMALLEST)]
-    records = _records(batch, other)
-    first = torch.arange(count) % len(records.labels)
+    pool = _pool(batch, other)
+    shapes: list[int] = []
     for weights in (shaken(model), *(cancelling(model, scale) for scale in _SCALES)):
         mode = MODES[name](weights)
-        found = _numbers(mode, _rows(records, first))
+        found = _numbers(mode, _rows(pool, _places(count, 0, len(pool.labels))))
         if found is None:
             return ()
-        known = [each[: len(records.labels)].clone() for each in found]
-        shapes = [size for size in shapes if _same(mode, records, known, size)]
+        shapes = shapes or _sizes(count, expected, sum(each[0].numel() for each in found))
+        known = [each[:_KEPT].clone() for each in found]
+        shapes = [size for size in shapes if _same(mode, pool, known, size)]
         if count not in shapes:
             return ()
     return tuple(shapes)
 
 
-def _records(batch: Microbatch, other: Microbatch) -> Microbatch:
-    """Return three records, two of which have every modality if the microbatches are synthetic ones."""
-    places = [(batch, 0), (other, 8 % len(other.labels)), (other, 5 % len(other.labels))]
-    inputs = tuple(
-        torch.stack([source.inputs[column][row] for source, row in places])
-        for column in range(len(batch.inputs))
-    )
-    return Microbatch(inputs, torch.stack([source.labels[row] for source, row in places]))
+def _sizes(count: int, expected: int, numbers: int) -> list[int]:
+    """Return the sizes to try, the largest first.
+
+    Args:
+        count: The one that must pass.
+        expected: Records that a step draws on average.
+        numbers: What is held of one record.
+    """
+    # Draws vary by less than the root of their mean; who does not fit goes into a smaller one.
+    whole = _STEP * math.ceil((expected + math.sqrt(expected)) / _STEP)
+    whole = min(whole, _HELD // numbers // _STEP * _STEP)
+    return [*([whole] if whole > count else []), count, *(count >> n for n in (1, 2) if count >> n >= _STEP)]
 
 
-def _rows(records: Microbatch, which: Tensor) -> Microbatch:
-    return Microbatch(tuple(each[which] for each in records.inputs), records.labels[which])
+def _pool(batch: Microbatch, other: Microbatch) -> Microbatch:
+    """Return the records to compare, two of which have every modality, and after them all of two microbatches."""
+    count = len(batch.labels)
+    mates = spoilt(other)
+    which = torch.tensor([0, count + 8 % (count - 1), 5 % (count - 1), *range(2 * count)])
+    inputs = tuple(torch.cat(pair)[which] for pair in zip(batch.inputs, mates.inputs, strict=True))
+    return Microbatch(inputs, torch.cat([batch.labels, mates.labels])[which])
 
 
-def _same(mode: GradientMode, records: Microbatch, known: list[Tensor], size: int) -> bool:
-    """Return whether each record is what is known of it in every row of one shape."""
-    kinds = len(records.labels)
-    for shift in range(kinds):
-        which = (torch.arange(size) + shift) % kinds
-        found = _numbers(mode, _rows(records, which))
-        if found is None or not all(map(torch.equal, found, (each[which] for each in known))):
-            return False  # NaN is equal to nothing, and proves nothing
+def _rows(pool: Microbatch, which: Tensor) -> Microbatch:
+    return Microbatch(tuple(each[which] for each in pool.inputs), pool.labels[which])
+
+
+def _places(size: int, shift: int, pool: int) -> Tensor:
+    """Return which record of the pool is in each row: those compared in turn, and every fourth row another."""
+    rows = torch.arange(size)
+    turn = (rows + shift) % (_KEPT + 1)
+    mates = _KEPT + (rows + shift * size) % (pool - _KEPT)
+    return torch.where(turn < _KEPT, turn, mates)
+
+
+def _same(mode: GradientMode, pool: Microbatch, known: list[Tensor], size: int) -> bool:
+    """Return whether each record compared is what is known of it, in every row of one shape."""
+    for shift in range(_KEPT + 1):
+        which = _places(size, shift, len(pool.labels))
+        kept = which < _KEPT
+        found = _numbers(mode, _rows(pool, which))
+        if found is None:
+            return False
+        # NaN is equal to nothing, and proves nothing.
+        if not all(
+            torch.equal(mine[kept], each[which[kept]]) for mine, each in zip(found, known, strict=True)
+        ):
+            return False
     return True
 
 

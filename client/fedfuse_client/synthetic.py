@@ -74,7 +74,9 @@ def cancelling(model: M, scale: float, seed: int = 3) -> M:
             parameter.copy_(deviation * torch.randn(parameter.shape, generator=generator))
             if parameter.dim() > 1:
                 columns = parameter.flatten(1)[:, 1::2].shape[1]
-                parameter.view(len(parameter), -1)[:, 1::2] = scale * torch.randn(columns, generator=generator)
+                parameter.view(len(parameter), -1)[:, 1::2] = scale * torch.randn(
+                    columns, generator=generator
+                )
     return hostile
 
 

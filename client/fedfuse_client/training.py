@@ -119,7 +119,7 @@ def train_round(
         ConfigError: weights of a precision that noise cannot be added to safely, or a model for which the gradient
             mode named in ``gradients``, or none, is proven.
     """
-    choice = choice_for(model, microbatch, gradients)
+    choice = choice_for(model, microbatch, gradients, privacy.expected_batch_size)
     before = flatten(model)
     trained = copy.deepcopy(model).train()
     wrapped = choice.mode(trained)
