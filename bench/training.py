@@ -1,11 +1,11 @@
 """A step of DP-SGD, against plain SGD and against Opacus' default hooks, on the same records of every shipped model.
 
 A step is the whole of it, from the draw of its records, whose features are in memory, to new weights: draw, packing,
-fetching, gradients, clipping, sum, noise, step. The site has 640 rows of which a step draws each with q = 0.5, about as
-a site of the digits scenario with the default configuration. All sides get the same draws and use one thread of torch,
-as runs do by default. Plain SGD takes what was drawn in one batch, or in batches of 128 or 64 whose gradients add up:
-whichever is fastest for the model. Opacus takes it in one batch. The records are random pictures, noises and words,
-written to files and read as a site's are.
+fetching, gradients, clipping, sum, noise, step. The site has 640 rows of which a step draws each with q = 0.5, about
+as a site of the digits scenario with the default configuration. All sides get the same draws and use one thread of
+torch, as runs do by default. Plain SGD takes what was drawn in one batch, or in batches of 128 or 64 whose gradients
+add up: whichever is fastest for the model. Opacus takes it in one batch. The records are random pictures, noises and
+words, written to files and read as a site's are.
 """
 
 from __future__ import annotations

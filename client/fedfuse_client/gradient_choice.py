@@ -1,9 +1,9 @@
-"""The fastest gradient mode that is proven for a model, and how records may be packed, found on synthetic records alone.
+"""The fastest gradient mode proven for a model, and how records may be packed, found on synthetic records alone.
 
 Which of the proven modes is used changes the last bits of float32 arithmetic and the speed, never a guarantee: all
 have passed the same proof. A mode that gives a record the same bits in every row comes before one that does not,
-because records can then be packed densely. Because speed differs from one process to the next, so may the choice; whoever needs
-equal bits in two processes names a mode.
+because records can then be packed densely. Because speed differs from one process to the next, so may the choice;
+whoever needs equal bits in two processes names a mode.
 """
 
 from __future__ import annotations

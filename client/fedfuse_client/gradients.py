@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from opacus import GradSampleModule
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class PerRecord(Protocol):
@@ -65,7 +66,10 @@ class Factored:
         left, right = self._wide
         if not self._norms[1].isfinite().all():
             right = right.masked_fill(silent[:, None], 0.0)
-        return (left * weights[:, None]).masked_fill_(silent[:, None], 0.0).T @ right
+        left = (left * weights[:, None]).masked_fill_(silent[:, None], 0.0)
+        # Matrix kernels take outputs by fours, and longest over what is left: ten cost more than twelve.
+        outputs = left.shape[1]
+        return (functional.pad(left, (0, -outputs % 4)).T @ right)[:outputs]
 
 
 def _squared_norms(rows: Tensor) -> Tensor:

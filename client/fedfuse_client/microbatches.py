@@ -66,9 +66,16 @@ def densely(drawn: Sequence[int], shapes: Sequence[int]) -> Iterator[Filled]:
     start = 0
     while start < len(drawn):
         rest = len(drawn) - start
-        fits = [size for size in shapes if size - rest <= size // _SPARE]
-        size = fits[0] if fits else shapes[-1]
+        size = _shape(rest, shapes)
         rows = list(drawn[start : start + size])
         spare = size - len(rows)
         yield Filled([*rows, *[rows[0]] * spare], [True] * len(rows) + [False] * spare)
         start += size
+
+
+def _shape(rest: int, shapes: Sequence[int]) -> int:
+    """Return the smallest shape that holds the rest with little to spare, or else the largest that is filled."""
+    for size in reversed(shapes):
+        if 0 <= size - rest <= size // _SPARE:
+            return size
+    return next((size for size in shapes if size <= rest), shapes[-1])

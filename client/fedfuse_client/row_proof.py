@@ -6,12 +6,11 @@ that show it. So weights that cancel are tried as well, at which rounding alone 
 
 What is compared are all numbers that a record's part of a sum is made of, and its norm. The sum over records is in
 float64, whose order ``CLIP_MARGIN`` covers. Kernels choose the order of a sum by shape, alignment and number of
-threads; libraries do not promise the same number of threads each time unless it is one, so with more nothing is proven.
+threads; libraries promise the same number each time only if it is one, so with more nothing is proven.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Final
 
@@ -74,7 +73,8 @@ def _sizes(count: int, expected: int, numbers: int) -> list[int]:
     # Draws vary by less than the root of their mean; who does not fit goes into a smaller one.
     whole = _STEP * math.ceil((expected + math.sqrt(expected)) / _STEP)
     whole = min(whole, _HELD // numbers // _STEP * _STEP)
-    return [*([whole] if whole > count else []), count, *(count >> n for n in (1, 2) if count >> n >= _STEP)]
+    larger = [size for part in range(4) if (size := whole - part * _STEP) > count]
+    return [*larger, count, *(count >> n for n in (1, 2) if count >> n >= _STEP)]
 
 
 def _pool(batch: Microbatch, other: Microbatch) -> Microbatch:

@@ -70,7 +70,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         # One vector, so that noise is drawn and added once a step and not once a layer.
         self._sizes = [parameter.numel() for parameter in self.params]
         self._total = torch.zeros(sum(self._sizes), dtype=torch.float64)
-        for parameter, part in zip(self.params, self._total.split(self._sizes), strict=True):
+        for parameter, part in zip(self.params, torch.split(self._total, self._sizes), strict=True):
             parameter.summed_grad = part.view(parameter.shape)
 
     def clip_and_accumulate(self, gradients: Sequence[PerRecord], counted: Tensor) -> None:
@@ -93,7 +93,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             self._total.numpy(), clip=self.max_grad_norm, multiplier=self.noise_multiplier
         )
         gradient = torch.from_numpy(noised / self.expected_batch_size).to(torch.float32)
-        for parameter, part in zip(self.params, gradient.split(self._sizes), strict=True):
+        for parameter, part in zip(self.params, torch.split(gradient, self._sizes), strict=True):
             parameter.grad = part.view(parameter.shape)
         self._total.zero_()
 

@@ -98,7 +98,7 @@ class NoiseSource:
         total = np.nan_to_num(total, nan=0.0)
         for values in (total, noise):
             np.clip(values, -exact, exact, out=values)
-            values /= grid
+            np.divide(values, grid, out=values)
             np.rint(values, out=values)
         # In steps of the grid both are integers of at most 2**52, so that this adds and scales without rounding.
         total += noise
