@@ -116,9 +116,9 @@ def choose(
             first = found
             break
     if first is not None:
-        _LOG.info(
-            "gradients by mode %s, for microbatches of %s", first.name, first.shapes or len(batch.labels)
-        )
+        sizes = ", ".join(map(str, first.shapes or [len(batch.labels)]))
+        packing = "packed densely" if first.shapes else "each record in its own row"
+        _LOG.info("gradients by mode %s, for microbatches of %s, %s", first.name, sizes, packing)
         return first
     raise ConfigError(
         f"no gradient mode gives this model's per-record gradients ({'; '.join(refused)})",

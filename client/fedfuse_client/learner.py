@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MICROBATCH = 64
-"""Records whose gradients are held at once; changes memory and speed, never a result or a guarantee."""
+"""Rows of the microbatches that gradients are proven in; changes memory and speed, never a guarantee.
+
+Where rows and shapes do not matter (``row_proof``), a model with small gradients gets a larger shape too."""
 GRADIENTS = "fastest"
 """How per-record gradients are computed: the fastest way proven for the model, or one by its name.
 

@@ -95,7 +95,7 @@ class NoiseSource:
         exact = _EXACT * grid
         noise = self.normal(total.size).reshape(total.shape) * (multiplier * clip)
         # Clamped, not refused: whether a sum is large depends on records. Clamping moves no two sums further apart.
-        total = np.nan_to_num(total, nan=0.0)
+        total = np.where(np.isnan(total), 0.0, total)
         for values in (total, noise):
             np.clip(values, -exact, exact, out=values)
             np.divide(values, grid, out=values)
