@@ -8,6 +8,7 @@ hooks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,12 +62,12 @@ class Factored:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Return the weighted sum, ``(outputs, inputs)``."""
-        silent = ~(weights > 0)
-        # Zeros silence what is finite, as right nearly always is: then the large factor need not be copied.
         left, right = self._wide
-        if not self._norms[1].isfinite().all():
-            right = right.masked_fill(silent[:, None], 0.0)
-        left = (left * weights[:, None]).masked_fill_(silent[:, None], 0.0)
+        left = left * weights[:, None]
+        # Zeros silence what is finite, as nearly all is: then the large factor need not be copied.
+        if not math.isfinite(float(self._norms[0].sum() + self._norms[1].sum())):
+            silent = ~(weights > 0)[:, None]
+            left, right = left.masked_fill(silent, 0.0), right.masked_fill(silent, 0.0)
         # Matrix kernels take outputs by fours, and longest over what is left: ten cost more than twelve.
         outputs = left.shape[1]
         return (functional.pad(left, (0, -outputs % 4)).T @ right)[:outputs]
