@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "figures.jsonl"
@@ -27,11 +28,10 @@ EPSILONS = ("8", "3", "1", "none")
 SEEDS = (0, 1, 2)
 
 
-def run(name: str, epsilon: str, seed: int) -> dict[str, object]:
-    """Return one run's figures."""
-    privacy = ["--no-dp"] if epsilon == "none" else ["--epsilon", epsilon]
+def simulate(name: str, options: list[str]) -> tuple[dict[str, Any], float, float]:
+    """Return the JSON of a whole run in a process of its own, its CPU seconds and its peak memory in MB."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["simulate", "--data", str(DATA / name), *privacy, "--seed", str(seed), "--json"]
+        command = ["simulate", "--data", str(DATA / name), *options, "--json"]
         fedfuse = Path(sys.executable).with_name("fedfuse")
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
@@ -40,7 +40,14 @@ def run(name: str, epsilon: str, seed: int) -> dict[str, object]:
         if done.returncode:
             sys.exit(done.stderr)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = json.loads(done.stdout)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return json.loads(done.stdout), seconds, after.ru_maxrss / 1024
+
+
+def run(name: str, epsilon: str, seed: int) -> dict[str, object]:
+    """Return one run's figures."""
+    privacy = ["--no-dp"] if epsilon == "none" else ["--epsilon", epsilon]
+    found, seconds, memory = simulate(name, [*privacy, "--seed", str(seed)])
     subsets, balanced = found["subsets"], found["subsets_balanced"]
     single = max(("text", "image", "audio"), key=lambda m: balanced[m])
     return {
@@ -55,8 +62,8 @@ def run(name: str, epsilon: str, seed: int) -> dict[str, object]:
         "best_single_accuracy": subsets[single],
         "best_single_balanced": balanced[single],
         "f1_macro": found["f1_macro"],
-        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "peak_mb": after.ru_maxrss / 1024,
+        "cpu_seconds": seconds,
+        "peak_mb": memory,
     }
 
 

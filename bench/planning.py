@@ -126,7 +126,7 @@ def measure(name: str) -> None:
                 train_round(
                     model,
                     data,
-                    privacy=round_privacy(config.privacy),
+                    privacy=round_privacy(config, len(sites)),
                     training=config.training,
                     noise=NoiseSource.fresh(),
                     microbatch=128,

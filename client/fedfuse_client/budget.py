@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from fedfuse_client.datasets import Spent
+from fedfuse_client.datasets import Spent, counted
 from fedfuse_client.policy import SitePolicy
 from fedfuse_client.store import SiteStore
 from fedfuse_shared.config.base import Hex32, Label
@@ -87,9 +87,10 @@ def _statement(pool: tuple[Hex32, ...], spent: Sequence[Spent], policy: SitePoli
     )
 
 
-def _epsilon(spent: Iterable[Spent], policy: SitePolicy, *further: Charge) -> float:
+def _epsilon(spent: Sequence[Spent], policy: SitePolicy, *further: Charge) -> float:
     charges = chain.from_iterable(item.charges for item in spent)
-    return epsilon_enforced(chain(charges, further), policy.delta, policy.schedule)
+    draws = sum(item.draws for item in spent)
+    return epsilon_enforced(chain(charges, further), policy.delta, counted(spent, policy.schedule), draws)
 
 
 def _more(spent: Sequence[Spent], policy: SitePolicy) -> int:

@@ -236,32 +236,62 @@ class Chain:
     def _check_cap(self, policy: SitePolicy, offer: Offer, before: list[datasets.Spent]) -> None:
         """Refuse what would pass the cap, and another mechanism where the policy fixes one (``config.privacy``)."""
         # Only here: they take a second to import, and phases that move keys need not wait for it.
-        from fedfuse_shared.privacy.accountant import epsilon_enforced  # noqa: PLC0415
+        from fedfuse_shared.privacy.accountant import (  # noqa: PLC0415
+            epsilon_enforced,
+            room_for_draws,
+            usable_delta,
+        )
         from fedfuse_shared.privacy.budget import fits  # noqa: PLC0415
         from fedfuse_shared.privacy.mechanisms import steps_by_mechanism  # noqa: PLC0415
 
         if offer.privacy.trust is Trust.NONE:
             return  # the policy allows training without a guarantee; the charge is infinite, and stays
-        charges = [*(charge for item in before for charge in item.charges), *_charges(offer)]
-        mechanisms = steps_by_mechanism(charges)
-        if policy.schedule is Schedule.FIXED:
-            if len(mechanisms) > 1:
-                raise BudgetError(
-                    f"round {offer.round} asks for sampling rate {offer.privacy.sampling_rate} and noise multiplier "
-                    f"{offer.privacy.noise_multiplier}; this data set was charged for others, and policy's "
-                    "schedule is fixed",
-                    who=f"site {self.site}",
-                    advice='offer those again, or set schedule = "free" in policy.toml: Renyi accounting counts then',
-                )
-            if fits(charges, policy.delta, policy.epsilon_cap):
-                return
-        projected = epsilon_enforced(charges, policy.delta, policy.schedule)
+        # What it would charge, wherever in the chain it stands.
+        asked = self._reservation(offer, FIRST_LINK, [])(1, FIRST_LINK)
+        charges = [*(charge for item in before for charge in item.charges), *asked.charges]
+        draws = sum(item.draws for item in before) + asked.draws
+        if policy.schedule is Schedule.FIXED and len(steps_by_mechanism(charges)) > 1:
+            raise BudgetError(
+                f"round {offer.round} asks for sampling rate {offer.privacy.sampling_rate} and noise multiplier "
+                f"{offer.privacy.noise_multiplier}; this data set was charged for others, and policy's "
+                "schedule is fixed",
+                who=f"site {self.site}",
+                advice='offer those again, or set schedule = "free" in policy.toml: Renyi accounting counts then',
+            )
+        counted = datasets.counted(before, policy.schedule)
+        usable = usable_delta(policy.delta, shared=draws > 0)
+        room = room_for_draws(policy.epsilon_cap, policy.delta, draws)
+        if counted is Schedule.FIXED and room and fits(charges, usable, policy.epsilon_cap):
+            self._check_alone(policy, offer, before, asked)
+            return
+        projected = epsilon_enforced(charges, policy.delta, counted, draws)
         if not projected <= policy.epsilon_cap:  # refuses NaN too
             raise BudgetError(
                 f"round {offer.round} would bring epsilon to {projected:.6g} of {policy.epsilon_cap} "
                 f"(delta {policy.delta}, {len(before) + 1} reservations on this data set)",
                 who=f"site {self.site}",
                 advice="raise epsilon_cap in policy.toml or stop",
+            )
+        self._check_alone(policy, offer, before, asked)
+
+    def _check_alone(
+        self, policy: SitePolicy, offer: Offer, before: list[datasets.Spent], asked: Reservation
+    ) -> None:
+        """Refuse what would pass the cap on what is spent if everybody else helps the server."""
+        from fedfuse_shared.privacy.accountant import epsilon_enforced  # noqa: PLC0415 - as above
+
+        most = policy.max_epsilon_all_collude
+        if most is None:
+            return
+        own = [*(charge for item in before for charge in item.own_charges), *asked.own_charges]
+        draws = sum(item.draws for item in before) + asked.draws
+        counted = datasets.counted(before, policy.schedule)
+        alone = epsilon_enforced(own, policy.delta, counted, draws)
+        if not alone <= most:
+            raise BudgetError(
+                f"round {offer.round} would bring epsilon to {alone:.6g} of {most} if all others help the server",
+                who=f"site {self.site}",
+                advice="raise max_epsilon_all_collude in policy.toml or stop",
             )
 
 
@@ -270,12 +300,6 @@ def _evaluation_charge(offer: Offer) -> EvaluationCharge | None:
     if asked is None or not offer.counts:
         return None
     return EvaluationCharge(noise=asked.noise, noise_share=asked.noise_share)
-
-
-def _charges(offer: Offer) -> list[Charge]:
-    """Return everything one attempt costs."""
-    evaluation = _evaluation_charge(offer)
-    return [_charge(offer), *([evaluation.charge] if evaluation else [])]
 
 
 def _charge(offer: Offer) -> Charge:

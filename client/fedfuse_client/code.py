@@ -7,7 +7,6 @@ what may run at all has to be decided by whoever starts the process.
 from __future__ import annotations
 
 import hashlib
-from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
@@ -15,11 +14,15 @@ from fedfuse_shared import limits
 
 PACKAGES = ("fedfuse_client", "fedfuse_shared")
 """What a site runs."""
+_IMPORTABLE = (".py", ".pyc", ".so", ".pyd")
+"""Endings of what Python imports from a folder: of two modules of one name it takes the compiled one."""
 
 
-@cache
 def code_hash() -> str:
-    """Return the hash of every module of the packages a site runs (SHA-256, hexadecimal)."""
+    """Return the hash of every module of the packages a site runs (SHA-256, hexadecimal).
+
+    Read anew each time: what trains is imported late, by a process that may be older than an upgrade.
+    """
     digest = hashlib.sha256(limits.LABEL_CODE)
     for package in PACKAGES:
         for name, module in sorted(_modules(files(package), package)):
@@ -33,7 +36,8 @@ def _modules(folder: Traversable, prefix: str) -> list[tuple[str, Traversable]]:
     for entry in folder.iterdir():
         name = f"{prefix}/{entry.name}"
         if entry.is_dir():
-            found += _modules(entry, name)
-        elif entry.name.endswith(".py"):
+            # Python's own cache of the modules beside it says nothing new, and is another on every machine.
+            found += _modules(entry, name) if entry.name != "__pycache__" else []
+        elif entry.name.endswith(_IMPORTABLE):
             found.append((name, entry))
     return found

@@ -8,14 +8,16 @@ it keeps that identifier when records come or go, or the change itself would tel
 from __future__ import annotations
 
 import secrets
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from fedfuse_client.store_database import Database
 from fedfuse_shared.config.base import Hex32, Label
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.envelope import decode
 from fedfuse_shared.errors import DataError, StateError
-from fedfuse_shared.ledger.records import Charge, Reservation
+from fedfuse_shared.ledger.records import Charge, Policy, Reservation
 
 DIGEST: Final = 32
 """Length of a record's content digest, SHA-256 (bytes)."""
@@ -27,6 +29,21 @@ class Spent(NamedTuple):
     federation: Label
     dataset: Hex32
     charges: tuple[Charge, ...]
+    own_charges: tuple[Charge, ...]
+    """What it cost if everybody else colludes."""
+    draws: int
+    """Integer draws of noise on each coordinate."""
+    schedule: Schedule
+    """What the site's policy said of its mechanisms then."""
+
+
+def counted(spent: Iterable[Spent], schedule: Schedule) -> Schedule:
+    """Return how a pool's spending counts under a policy's schedule: as free, if anything on it ever was.
+
+    Whoever charged under a free schedule might have chosen other mechanisms had results been others; fixing it
+    afterwards does not make that undone.
+    """
+    return Schedule.FREE if any(item.schedule is Schedule.FREE for item in spent) else schedule
 
 
 def register(database: Database, digests: Iterable[bytes]) -> Hex32:
@@ -81,15 +98,33 @@ def spent(database: Database, dataset: Hex32) -> list[Spent]:
             advice="register its records first",
         )
     leaves = database.rows(
-        "SELECT leaf.federation, leaf.raw FROM leaf JOIN dataset ON dataset.id = leaf.dataset "
+        "SELECT leaf.federation, leaf.seq, leaf.raw FROM leaf JOIN dataset ON dataset.id = leaf.dataset "
         "WHERE dataset.pool = ? AND leaf.kind = ? ORDER BY leaf.federation, leaf.seq",
         found[0],
         Reservation.kind,
     )
-    reservations = [
-        (federation, decode(raw.encode(), Reservation, who="store").body) for federation, raw in leaves
-    ]
-    return [Spent(federation, body.dataset, body.charges) for federation, body in reservations]
+    schedules = _schedules(database)
+    result = []
+    for federation, seq, raw in leaves:
+        body = decode(raw.encode(), Reservation, who="store").body
+        published = schedules.get(federation, [])
+        standing = bisect_left(published, (seq,)) - 1
+        schedule = published[standing][1] if standing >= 0 else Schedule.FIXED
+        result.append(Spent(federation, body.dataset, body.charges, body.own_charges, body.draws, schedule))
+    return result
+
+
+def _schedules(database: Database) -> dict[Label, list[tuple[int, Schedule]]]:
+    """Return the schedules this site's policies published in each federation, by their place in its chain."""
+    found: dict[Label, list[tuple[int, Schedule]]] = {}
+    for federation, seq, raw in database.rows(
+        "SELECT federation, seq, raw FROM leaf WHERE federation IN (SELECT federation FROM chain) AND kind = ? "
+        "ORDER BY federation, seq",
+        Policy.kind,
+    ):
+        schedule = decode(raw.encode(), Policy, who="store").body.schedule
+        found.setdefault(federation, []).append((seq, schedule))
+    return found
 
 
 def pools(database: Database) -> list[tuple[Hex32, ...]]:

@@ -27,18 +27,18 @@ def count(model: MultimodalClassifier, data: RecordTensors, offer: Offer, batch:
     its own row of a batch of one shape (``microbatches``).
     """
     classes = len(offer.model.classes)
-    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    whole = offer.evaluation is None or offer.evaluation.detail is not Detail.ACCURACY
+    # With thousands of classes a matrix that nobody asked for takes a gigabyte.
+    cells = torch.zeros(classes**2 if whole else 2, dtype=torch.int64)
     rows = data.usable(range(len(data)))
     with torch.no_grad():
         for filled in microbatches(rows, data.places(batch), batch):
             shown = data.batch(filled.rows)
             logits = model(shown["text"], shown["image"], shown["audio"], shown["present"])
-            pairs = (shown["label"] * classes + logits.argmax(dim=1))[torch.tensor(filled.counted)]
-            matrix += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-    if offer.evaluation is not None and offer.evaluation.detail is Detail.ACCURACY:
-        right = int(matrix.diagonal().sum())
-        return np.array([int(matrix.sum()) - right, right], dtype=np.int64)
-    return matrix.flatten().numpy()
+            label, said = shown["label"], logits.argmax(dim=1)
+            cell = label * classes + said if whole else (label == said).to(torch.int64)
+            cells += torch.bincount(cell[torch.tensor(filled.counted)], minlength=len(cells))
+    return cells.numpy()
 
 
 def noised(counts: Counts, offer: Offer) -> Counts:

@@ -13,11 +13,11 @@ from fedfuse_client.data.manifest import content_digest, load_dataset
 from fedfuse_client.policy import SitePolicy
 from fedfuse_client.store import SiteStore
 from fedfuse_shared import limits
-from fedfuse_shared.config.base import SERVER, Modality
+from fedfuse_shared.config.base import SERVER, Modality, Trust
 from fedfuse_shared.crypto.keystream import Words
 from fedfuse_shared.errors import DataError, PolicyError, ProtocolError
 from fedfuse_shared.offer import Offer
-from fedfuse_shared.secagg.quantise import quantise
+from fedfuse_shared.secagg.quantise import as_words, quantise
 
 if TYPE_CHECKING:
     from fedfuse_client.data.manifest import Dataset, Record
@@ -130,7 +130,10 @@ class Learner:
             self._tensors = None
             update = self._train(offer, weights, ())
         counts = self._evaluate(offer, weights) if offer.counts else None
-        return quantise(update, frozenset(self._policy.modalities), offer, counts)
+        declared = frozenset(self._policy.modalities)
+        if offer.privacy.trust is Trust.AGGREGATE:
+            return as_words(update.astype(np.int64, copy=False), declared, offer, counts)
+        return quantise(update.astype(np.float32, copy=False), declared, offer, counts)
 
     def _evaluate(self, offer: Offer, weights: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return the noised counts of this site's test rows; of no row if that fails, for the reason above."""
@@ -156,8 +159,10 @@ class Learner:
 
     def _train(
         self, offer: Offer, weights: NDArray[np.float32], rows: tuple[Record, ...]
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[np.float32] | NDArray[np.int64]:
+        """Return a noised update or, where the noise is shared, a noised sum of gradients on the offer's grid."""
         from fedfuse_client.data.tensors import RecordTensors  # noqa: PLC0415 - imports torch
+        from fedfuse_client.shared_round import gradient_sum, on_grid, with_share  # noqa: PLC0415
         from fedfuse_client.training import train_round  # noqa: PLC0415
         from fedfuse_shared.models import load_flat  # noqa: PLC0415
         from fedfuse_shared.privacy.noise import NoiseSource  # noqa: PLC0415
@@ -169,12 +174,16 @@ class Learner:
             tensors = self._tensors[1]
         model = self._model_for(offer)
         load_flat(model, weights)
+        noise = NoiseSource.fresh()
+        if offer.privacy.trust is Trust.AGGREGATE:
+            total = gradient_sum(model, tensors, offer, noise, microbatch=MICROBATCH, gradients=GRADIENTS)
+            return with_share(on_grid(total, offer), offer, noise)
         return train_round(
             model,
             tensors,
             privacy=offer.privacy,
             training=offer.training,
-            noise=NoiseSource.fresh(),
+            noise=noise,
             microbatch=MICROBATCH,
             gradients=GRADIENTS,
         )
@@ -196,6 +205,12 @@ class Learner:
                     f"no training rows of {', '.join(sorted(wanted))}",
                     who=str(dataset.folder),
                     advice="check data and dataset_sites in policy.toml",
+                )
+            if len(rows) > limits.MAX_RECORDS:
+                raise DataError(
+                    f"{len(rows)} training rows, at most {limits.MAX_RECORDS} can be summed exactly enough",
+                    who=str(dataset.folder),
+                    advice="split them between several sites",
                 )
             self._rows = dataset, rows
         return self._rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,8 @@ from fedfuse_shared.secagg.bounds import Bounds
 from fedfuse_shared.secagg.graph import COMPLETE
 from fedfuse_shared.secagg.ring import most_counted, wraps
 
+_ROUNDED: Final = 1 - 1e-12
+"""What rounding of float64 may take off a sum of shares; the true shares are a little larger."""
 _KEPT_AT_SITE: Final = frozenset({"data", "dataset_sites", "modalities"})
 # Where the data lies and which modalities a site has must not be published, not even inside a hash: so few values
 # are possible that whoever sees the hash of one finds it by trying them all.
@@ -46,6 +49,8 @@ class SitePolicy(Frozen):
 
     epsilon_cap: Positive
     """Most privacy ever spent on one data set, over all federations (epsilon, per record)."""
+    max_epsilon_all_collude: Positive | None = None
+    """The same if all other sites help the server, where noise is shared (``trust``); left out: not bounded."""
     delta: Delta
     min_participants: Annotated[int, Field(ge=limits.MIN_SITES, le=limits.MAX_SITES)]
     min_survivors: SiteCount
@@ -108,6 +113,7 @@ class SitePolicy(Frozen):
             graphs=self.graphs,
             schedule=self.schedule,
             min_evaluation_noise=self.min_evaluation_noise,
+            max_epsilon_all_collude=self.max_epsilon_all_collude,
         )
 
 
@@ -249,10 +255,8 @@ def _noise_source(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
             "add it to trust in policy.toml or stay out",
         )
     if asked.trust is Trust.AGGREGATE:
-        yield _Objection(
-            "shares the noise between sites (trust = aggregate), which this version of fedfuse cannot do",
-            "ask the coordinator for trust = site",
-        )
+        yield from _shared_noise(offer)
+        return
     if asked.noise_share != asked.noise_multiplier:
         yield _Objection(
             f"has each site add noise {asked.noise_share} but counts {asked.noise_multiplier}",
@@ -262,6 +266,64 @@ def _noise_source(policy: SitePolicy, offer: Offer) -> Iterator[_Objection]:
         yield _Objection(
             f"counts on the noise of {asked.noise_sites} sites",
             "report it: with trust = site every site adds all of it",
+        )
+
+
+def _shared_noise(offer: Offer) -> Iterator[_Objection]:
+    """Do the shares of those who are sure to be honest add up to the noise that is charged (page 3, step 2)?"""
+    # numpy, and only for this trust mode: a policy is read in every fresh process.
+    from fedfuse_shared.privacy import aggregate  # noqa: PLC0415
+    from fedfuse_shared.privacy.integer_noise import SMOOTH, IntegerGaussian  # noqa: PLC0415
+
+    asked, sites = offer.privacy, offer.privacy.noise_sites
+    honest = offer.min_survivors - offer.colluders
+    if not 1 <= sites <= honest:
+        yield _Objection(
+            f"counts on the noise of {sites} sites, only {honest} survivors are sure to be honest",
+            "report it: fewer shares than that may be in the sum",
+        )
+        return
+    if asked.steps != 1:
+        yield _Objection(
+            f"shares noise over {asked.steps} local steps",
+            "report it: a second step would start from weights that one share alone protects",
+        )
+    if asked.noise_share * math.sqrt(sites) < asked.noise_multiplier * _ROUNDED:
+        yield _Objection(
+            f"has {sites} shares of {asked.noise_share} for noise {asked.noise_multiplier}",
+            "report it: they do not add up",
+        )
+    counted = offer.evaluation
+    if counted is not None and sites * counted.noise_share**2 - SMOOTH**2 < counted.noise**2 * _ROUNDED:
+        yield _Objection(
+            f"has {sites} shares of {counted.noise_share} for noise {counted.noise} on counts",
+            "report it: they do not add up",
+        )
+    words = aggregate.MOST_DIMENSION - limits.MAX_COUNTS
+    if offer.dimension() > words:
+        yield _Objection(
+            f"shares noise over {offer.dimension()} coordinates, reckoned with are at most {words}",
+            "ask the coordinator for a smaller model, or trust = site",
+        )
+    try:
+        least = aggregate.least_scale(asked.clip, offer.dimension())
+        share = aggregate.share_deviation(
+            asked.noise_multiplier, sites, asked.clip, offer.scale, offer.dimension()
+        )
+        IntegerGaussian(share)
+        aggregate.check_ring(len(offer.participants), offer.clip_range, offer.scale, share, offer.ring_bits)
+    except ConfigError as problem:
+        yield _Objection(f"shares noise, and {problem.message}", "ask the coordinator for other settings")
+        return
+    if offer.scale < least:
+        yield _Objection(
+            f"has a grid of {offer.scale} steps per unit, at least {least} keep rounding small",
+            "ask the coordinator for a finer grid",
+        )
+    if share > aggregate.MOST_SHARE:
+        yield _Objection(
+            f"asks for noise of {share:.3g} steps, at most {aggregate.MOST_SHARE:.3g} can be drawn closely enough",
+            "ask the coordinator for a coarser grid",
         )
 
 

@@ -20,7 +20,7 @@ from fedfuse_server.home import RunHome, ServerState
 from fedfuse_server.optimiser import GlobalModel
 from fedfuse_server.plan import Plan, resolve
 from fedfuse_shared import limits
-from fedfuse_shared.config.base import SERVER
+from fedfuse_shared.config.base import SERVER, Trust
 from fedfuse_shared.envelope import decode, encode, seal, verify
 from fedfuse_shared.errors import ConfigError, ProtocolError, RoundAborted, VerificationError, WrongDealer
 from fedfuse_shared.evaluation import summarise, tally
@@ -186,6 +186,9 @@ class Coordinator:
     def _apply(self, offer: Offer, session: ServerSession) -> None:
         total = session.open()
         update, _ = average(total, offer, len(session.vectors))
+        if offer.privacy.trust is Trust.AGGREGATE:
+            # What was opened is a sum of gradients: one step against it, by public constants alone.
+            update *= -offer.training.step_size(offer.privacy.noise_share) / offer.privacy.expected_batch_size
         model = self._state.model
         model.apply(update, self._config.aggregation)
         agreement = session.agreement()

@@ -6,14 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedfuse_server import shared_noise
 from fedfuse_shared.config.base import Trust
 from fedfuse_shared.config.evaluation import LEAST_NOISE
 from fedfuse_shared.config.federation import GraphKind, RunConfig, SecureAggregationConfig
-from fedfuse_shared.config.privacy import PrivacyConfig
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.ledger.records import gaussian
 from fedfuse_shared.offer import Evaluation, Offer, RoundPrivacy, Segment
 from fedfuse_shared.offer import plan_hash as offered_plan
+from fedfuse_shared.privacy.accountant import usable_delta
+from fedfuse_shared.privacy.aggregate import share
 from fedfuse_shared.privacy.calibration import noise_beside, noise_multiplier
 from fedfuse_shared.roster import Roster
 from fedfuse_shared.secagg.bounds import Bounds, choose
@@ -51,22 +53,20 @@ def resolve(config: RunConfig) -> RunConfig:
             )
         privacy = config.privacy.model_copy(update={"noise_multiplier": NO_NOISE})
         return config.model_copy(update={"privacy": privacy})
-    if config.privacy.trust is not Trust.SITE:
-        raise ConfigError(
-            'trust = "aggregate" is not built yet',
-            advice='use trust = "site", which protects against everybody',
-        )
+    if config.privacy.trust is Trust.AGGREGATE:
+        shared_noise.check(config)
     config = _with_evaluation(config)
     if config.privacy.noise_multiplier is not None:
         return config
     privacy = config.privacy
+    delta = _usable_delta(config)
     steps = config.rounds * privacy.steps_per_round
     counted = config.evaluation.count(config.rounds)
     if counted and config.evaluation.noise is not None:
         beside = [gaussian(config.evaluation.noise)] * counted
-        sigma = noise_beside(beside, privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
+        sigma = noise_beside(beside, privacy.epsilon, delta, privacy.sampling_rate, steps)
     else:
-        sigma = noise_multiplier(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
+        sigma = noise_multiplier(privacy.epsilon, delta, privacy.sampling_rate, steps)
     return config.model_copy(update={"privacy": privacy.model_copy(update={"noise_multiplier": sigma})})
 
 
@@ -81,15 +81,19 @@ def _with_evaluation(config: RunConfig) -> RunConfig:
             f"{config.rounds} rounds end before the first evaluation, in round {asked.every + 1}",
             advice="lower evaluation.every or leave it out",
         )
-    noise = max(
-        LEAST_NOISE,
-        noise_beside([], asked.share * privacy.epsilon, privacy.delta, sampling_rate=1.0, steps=planned),
-    )
+    delta = _usable_delta(config)
+    found = noise_beside([], asked.share * privacy.epsilon, delta, sampling_rate=1.0, steps=planned)
+    noise = max(LEAST_NOISE, found)
     return config.model_copy(update={"evaluation": asked.model_copy(update={"noise": noise})})
 
 
-def evaluation(config: RunConfig) -> Evaluation | None:
-    """Return what offers of a run say of evaluation.
+def _usable_delta(config: RunConfig) -> float:
+    integers = config.privacy.trust is Trust.AGGREGATE or config.evaluation.every is not None
+    return usable_delta(config.privacy.delta, shared=integers)
+
+
+def evaluation(config: RunConfig, sites: int) -> Evaluation | None:
+    """Return what offers of a run among enrolled sites say of evaluation.
 
     Raises:
         ConfigError: the noise on counts is not set, or too little.
@@ -102,11 +106,25 @@ def evaluation(config: RunConfig) -> Evaluation | None:
             f"evaluation.noise is {asked.noise}, at least {LEAST_NOISE:g} is needed",
             advice="leave it out: it is calibrated for evaluation.share",
         )
-    return Evaluation(every=asked.every, detail=asked.detail, noise=asked.noise, noise_share=asked.noise)
+    share = asked.noise
+    if config.privacy.trust is Trust.AGGREGATE:
+        share = shared_noise.count_share(asked.noise, _honest(config, sites))
+    return Evaluation(every=asked.every, detail=asked.detail, noise=asked.noise, noise_share=share)
 
 
-def plan_hash(config: RunConfig) -> str:
-    """Return the hash by which a site's policy pins the offers of a run (hexadecimal).
+def _honest(config: RunConfig, sites: int) -> int:
+    # The same in every round: bounds keep colluders and survivors when sites stay away.
+    return shared_noise.honest(bounds_for(config, sites, cohort(config, sites)))
+
+
+def clip_range(config: RunConfig) -> float:
+    """Return what a coordinate of a site's vector is clamped to."""
+    shared = config.privacy.trust is Trust.AGGREGATE
+    return shared_noise.clamp(config) if shared else config.secure_aggregation.clip_range
+
+
+def plan_hash(config: RunConfig, sites: int) -> str:
+    """Return the hash by which a site's policy pins the offers of a run among enrolled sites (hexadecimal).
 
     Raises:
         ConfigError: the noise multiplier is not set.
@@ -115,28 +133,30 @@ def plan_hash(config: RunConfig) -> str:
         config.federation,
         config.model,
         config.training,
-        round_privacy(config.privacy),
-        config.secure_aggregation.clip_range,
-        evaluation(config),
+        round_privacy(config, sites),
+        clip_range(config),
+        evaluation(config, sites),
     )
 
 
-def round_privacy(privacy: PrivacyConfig) -> RoundPrivacy:
-    """Return the privacy constants every offer of a run carries.
+def round_privacy(config: RunConfig, sites: int) -> RoundPrivacy:
+    """Return the privacy constants every offer of a run among enrolled sites carries.
 
     Raises:
         ConfigError: the noise multiplier is not set.
     """
+    privacy = config.privacy
     if privacy.noise_multiplier is None:
         raise ConfigError("the noise multiplier is not set", advice="resolve the settings before planning")
+    noise_sites = _honest(config, sites) if privacy.trust is Trust.AGGREGATE else 1
     return RoundPrivacy(
         trust=privacy.trust,
         sampling_rate=privacy.sampling_rate,
         steps=privacy.steps_per_round,
         clip=privacy.clip,
         noise_multiplier=privacy.noise_multiplier,
-        noise_share=privacy.noise_multiplier,
-        noise_sites=1,
+        noise_share=share(privacy.noise_multiplier, noise_sites),
+        noise_sites=noise_sites,
         expected_batch_size=privacy.expected_batch_size,
         delta=privacy.delta,
     )
@@ -193,7 +213,7 @@ def _sparse_bounds(wanted: SecureAggregationConfig, size: int, participants: int
 
 
 def grid(config: RunConfig, participants: int) -> float:
-    """Return the steps per unit of the fixed-point grid of a round's updates.
+    """Return the steps per unit of the fixed-point grid of a round's updates, with all noise at every site.
 
     Raises:
         ConfigError: the ring is too narrow for the sum of that many, or so coarse that it costs accuracy.
@@ -207,6 +227,17 @@ def grid(config: RunConfig, participants: int) -> float:
     return scale
 
 
+def scale_for(config: RunConfig, bounds: Bounds, dimension: int) -> float:
+    """Return the steps per unit of the grid of a round's vectors, whoever adds the noise.
+
+    Raises:
+        ConfigError: the ring is too narrow.
+    """
+    if config.privacy.trust is Trust.AGGREGATE:
+        return shared_noise.scale(config, bounds, dimension)
+    return grid(config, bounds.participants)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What all offers of one run have in common."""
@@ -215,6 +246,11 @@ class Plan:
     config: RunConfig
     roster: Roster
     layout: tuple[Segment, ...]
+
+    @property
+    def dimension(self) -> int:
+        """Coordinates of an update."""
+        return sum(segment.size for segment in self.layout)
 
     def bounds(self, participants: int) -> Bounds:
         """Return the secure-aggregation bounds for that many participants.
@@ -230,7 +266,7 @@ class Plan:
         Raises:
             ConfigError: the settings do not fit that many participants.
         """
-        bounds = self.bounds(len(participants))
+        bounds, sites = self.bounds(len(participants)), len(self.roster.sites)
         secure = self.config.secure_aggregation
         return Offer(
             federation=self.config.federation,
@@ -249,8 +285,8 @@ class Plan:
             min_survivors=bounds.min_survivors,
             lifetime=secure.lifetime,
             ring_bits=secure.ring_bits,
-            scale=grid(self.config, len(participants)),
-            clip_range=secure.clip_range,
-            privacy=round_privacy(self.config.privacy),
-            evaluation=evaluation(self.config),
+            scale=scale_for(self.config, bounds, self.dimension),
+            clip_range=clip_range(self.config),
+            privacy=round_privacy(self.config, sites),
+            evaluation=evaluation(self.config, sites),
         )

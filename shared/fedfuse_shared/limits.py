@@ -37,6 +37,8 @@ MAX_FILE: Final = 200 * 2**20
 """Largest image or audio file that is opened (bytes)."""
 MAX_FEATURES: Final = 2**18
 """Most numbers per record and modality that a model may ask a site to hold; what it needs must not tell the count."""
+MAX_RECORDS: Final = 2**20
+"""Most training records of a site: what float64 sums lose is bounded for that many."""
 MAX_TEXT: Final = 100_000
 """Longest text cell (characters)."""
 

@@ -155,8 +155,8 @@ def _check_privacy(values: Mapping[str, Any]) -> None:
         )
     if trust == Trust.AGGREGATE:
         raise ConfigError(
-            'trust = "aggregate" is not built yet',
-            advice="use --trust site, which protects against everybody",
+            'trust = "aggregate" is not forecast yet',
+            advice="plan with --trust site: with h honest sites' shares the noise of the sum is sqrt(h) times smaller",
         )
 
 

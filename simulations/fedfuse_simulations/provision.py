@@ -45,7 +45,7 @@ def provision(
         raise ConfigError(
             "the noise multiplier is not set", advice="resolve the settings before provisioning"
         )
-    evaluated = evaluation(config)
+    evaluated = evaluation(config, len(sites))
     home.server_key.parent.mkdir(parents=True, mode=0o700)
     server = create_key(home.server_key)
     operator = create_key(home.server_key.parent / "operator.key")
@@ -82,7 +82,7 @@ def provision(
             schedule=Schedule.FREE if evaluated else Schedule.FIXED,
             min_evaluation_noise=evaluated.noise if evaluated else None,
             max_lifetime=config.secure_aggregation.lifetime,
-            plans=(plan_hash(config),),
+            plans=(plan_hash(config, len(sites)),),
         )
         save_toml(folder.policy, policy)
     save_toml(home.config, config)

@@ -16,13 +16,14 @@ from fedfuse_client.data.check import check_folder
 from fedfuse_client.data.info import read_info
 from fedfuse_client.data.manifest import Dataset, DatasetInfo, load_dataset
 from fedfuse_server.home import RunHome
-from fedfuse_server.plan import bounds_for, cohort, grid, resolve
+from fedfuse_server.plan import bounds_for, cohort, resolve, scale_for
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import Frozen
 from fedfuse_shared.config.federation import RunConfig
 from fedfuse_shared.config.files import load_toml, save_toml
 from fedfuse_shared.errors import ConfigError, DataError
 from fedfuse_shared.files import is_disk_full
+from fedfuse_shared.models import outline
 from fedfuse_simulations.engines.ray import check_address
 from fedfuse_simulations.provision import provision, site_folders
 from fedfuse_simulations.scenarios import SCENARIOS, Scenario
@@ -150,7 +151,7 @@ def check_early(simulation: Simulation) -> None:
         _check_rows(dataset, simulation.data)
         sites = len(dataset.sites())
     bounds = bounds_for(config, sites, cohort(config, sites))
-    grid(resolve(config), bounds.participants)
+    scale_for(resolve(config), bounds, sum(segment.size for segment in outline(config.model)[0]))
 
 
 def check_data(folder: Path) -> Dataset:

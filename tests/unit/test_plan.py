@@ -3,7 +3,7 @@
 import pytest
 from support.federation import Federation
 
-from fedfuse_server.plan import Plan, bounds_for, grid, plan_hash, resolve
+from fedfuse_server.plan import Plan, bounds_for, grid, plan_hash, resolve, round_privacy
 from fedfuse_shared.config.base import Modality, Trust
 from fedfuse_shared.config.federation import (
     GraphKind,
@@ -40,17 +40,39 @@ def test_a_given_noise_multiplier_is_kept():
     assert resolve(config(privacy=PrivacyConfig(noise_multiplier=3.0))).privacy.noise_multiplier == 3.0
 
 
-def test_shared_noise_is_refused_until_it_is_built():
-    with pytest.raises(ConfigError, match="not built"):
-        resolve(config(privacy=PrivacyConfig(trust=Trust.AGGREGATE)))
+def test_shared_noise_is_sized_for_those_who_are_sure_to_be_honest():
+    settled = resolve(config(privacy=PrivacyConfig(trust=Trust.AGGREGATE, noise_multiplier=3.0)))
+    asked = round_privacy(settled, 6)
+    bounds = bounds_for(settled, 6, 6)
+    assert asked.noise_sites == bounds.min_survivors - bounds.colluders == 4
+    assert asked.noise_share == pytest.approx(1.5)
+    assert round_privacy(settled, 100).noise_sites == 67 - 33
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"privacy": PrivacyConfig(trust=Trust.AGGREGATE, steps_per_round=2)}, "2 local steps"),
+        (
+            {
+                "privacy": PrivacyConfig(trust=Trust.AGGREGATE),
+                "secure_aggregation": SecureAggregationConfig(graph=GraphKind.SPARSE),
+            },
+            "on a sparse graph",
+        ),
+    ],
+)
+def test_what_shared_noise_cannot_be_accounted_with_is_refused(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        resolve(config(**changes))
 
 
 def test_the_plan_a_policy_pins_changes_with_training_and_privacy_and_not_with_performance():
     given = PrivacyConfig(noise_multiplier=3.0)
-    base = plan_hash(config(privacy=given))
-    assert plan_hash(config(privacy=given, performance=PerformanceConfig(threads=7))) == base
-    assert plan_hash(config(privacy=given, training=TrainingConfig(learning_rate=0.1))) != base
-    assert plan_hash(config(privacy=PrivacyConfig(clip=2.0, noise_multiplier=3.0))) != base
+    base = plan_hash(config(privacy=given), 6)
+    assert plan_hash(config(privacy=given, performance=PerformanceConfig(threads=7)), 6) == base
+    assert plan_hash(config(privacy=given, training=TrainingConfig(learning_rate=0.1)), 6) != base
+    assert plan_hash(config(privacy=PrivacyConfig(clip=2.0, noise_multiplier=3.0)), 6) != base
 
 
 def test_an_offer_is_within_bounds_and_its_sum_cannot_wrap():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,7 @@ def test_every_other_key_changes_the_hash(tmp_path: Path) -> None:
         "federation": "other",
         "roster_hash": "b" * 64,
         "epsilon_cap": 7.5,
+        "max_epsilon_all_collude": 20.0,
         "delta": 1e-6,
         "min_participants": 5,
         "min_survivors": 4,
@@ -290,12 +292,30 @@ def test_an_offer_beyond_one_bound_is_refused(policy: SitePolicy, changes: dict[
     records.Refusal(seq=1, prev="0" * 64, context="0" * 64, reason=str(caught.value))  # it fits a ledger leaf
 
 
-def test_shared_noise_is_refused_even_where_the_policy_allows_it(policy: SitePolicy) -> None:
+@pytest.mark.parametrize(
+    ("changes", "privacy", "said"),
+    [
+        ({}, {"noise_sites": 5}, "counts on the noise of 5 sites, only 4 survivors are sure to be honest"),
+        ({}, {"noise_share": 1.0}, "3 shares of 1.0 for noise 3.0"),
+        ({}, {"steps": 2}, "over 2 local steps"),
+        ({"scale": 2.0**10}, {}, "a grid of 1024.0 steps per unit"),
+        ({"scale": 3.0 * 2**13}, {}, "no power of two"),
+        ({"scale": 2.0**18, "clip_range": 2000.0}, {}, "a ring of 32 bits"),
+    ],
+)
+def test_shares_of_noise_have_to_add_up(policy: SitePolicy, changes, privacy, said) -> None:
     open_minded = policy.model_copy(update={"trust": (Trust.SITE, Trust.AGGREGATE)})
-    with pytest.raises(
-        PolicyError, match="this version of fedfuse cannot do; ask the coordinator for trust = site"
-    ):
-        check_offer(open_minded, offer(privacy={"trust": Trust.AGGREGATE}))
+    shared = {
+        "trust": Trust.AGGREGATE,
+        "steps": 1,
+        "noise_multiplier": 3.0,
+        "noise_sites": 3,
+        "noise_share": 3.0 / math.sqrt(3),
+    }
+    usual = {"scale": 2.0**17, "clip_range": 100.0}
+    check_offer(open_minded, offer(privacy=shared, **usual))
+    with pytest.raises(PolicyError, match=said):
+        check_offer(open_minded, offer(privacy={**shared, **privacy}, **{**usual, **changes}))
 
 
 def test_the_ring_is_filled_to_the_last_unit_and_no_further(policy: SitePolicy) -> None:

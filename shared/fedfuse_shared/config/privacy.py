@@ -23,6 +23,8 @@ class Schedule(StrEnum):
     and the privacy loss distribution bounds it: epsilon never falls as steps are added.
     ``FREE``: any mechanisms the policy allows. Only Renyi accounting is a filter then (Lecuyer 2021), so it counts
     from the first charge on. Evaluation under the budget is a second mechanism and needs it.
+
+    A data set once charged under a free schedule counts by Renyi for good, also if its policy fixes one later.
     """
 
     FIXED = "fixed"

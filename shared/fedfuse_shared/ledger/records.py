@@ -81,7 +81,9 @@ class Policy(SiteLeaf):
     """What a site allows, in its own words; an offer outside it is refused before any data is read."""
 
     kind: ClassVar[str] = "policy"
-    added: ClassVar[frozenset[str]] = frozenset({"graphs", "schedule", "min_evaluation_noise"})
+    added: ClassVar[frozenset[str]] = frozenset(
+        {"graphs", "schedule", "min_evaluation_noise", "max_epsilon_all_collude"}
+    )
 
     policy_hash: Hex32
     roster_hash: Hex32
@@ -103,6 +105,8 @@ class Policy(SiteLeaf):
     schedule: Schedule = Schedule.FIXED
     min_evaluation_noise: Positive | None = None
     """Least noise on a released count (standard deviation); None: this site's counts are never released."""
+    max_epsilon_all_collude: Positive | None = None
+    """Most that may be spent if all other sites help the server; None: not bounded."""
 
 
 class Reservation(SiteLeaf):
@@ -131,6 +135,13 @@ class Reservation(SiteLeaf):
     def charges(self) -> tuple[Charge, ...]:
         """Everything this reservation charges."""
         return (self.charge, self.evaluation.charge) if self.evaluation else (self.charge,)
+
+    @property
+    def draws(self) -> int:
+        """Integer draws on each coordinate that the noise counted on is made of; 0 where it is none of integers."""
+        if self.trust is Trust.AGGREGATE:
+            return self.charge.steps * self.noise_sites
+        return 1 if self.evaluation else 0
 
     @property
     def own_charges(self) -> tuple[Charge, ...]:

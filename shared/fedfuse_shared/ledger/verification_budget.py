@@ -15,7 +15,7 @@ from fedfuse_shared.config.base import Trust
 from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.ledger.records import Charge, Policy, Reservation
 from fedfuse_shared.ledger.verification_report import Code, Findings, SiteReport
-from fedfuse_shared.privacy.accountant import epsilon_enforced, epsilon_rdp
+from fedfuse_shared.privacy.accountant import epsilon_enforced, epsilon_rdp, usable_delta
 from fedfuse_shared.privacy.mechanisms import Steps, charges_of, merge, steps_by_mechanism
 
 ROUNDING: Final = 1e-6
@@ -28,6 +28,8 @@ class _Spending:
 
     leaf: int
     charges: tuple[Charge, ...]
+    draws: int
+    """Integer draws on each coordinate up to here."""
     elsewhere: tuple[Charge, ...]
     cap: float | None
     delta: float
@@ -35,6 +37,8 @@ class _Spending:
     """Trained without a guarantee (trust = none)."""
     schedule: Schedule
     """What the policy said then; ``free`` where there was none, which counts no less."""
+    counted: Schedule
+    """How it counts: ``free`` from the first reservation under a free schedule on, for good."""
 
 
 @dataclass
@@ -50,6 +54,8 @@ class Budget:
     spendings: list[_Spending] = field(default_factory=list)
     alone: Steps = field(default_factory=Counter)
     """The charges as they count if everybody else colludes: the site's own share of the noise."""
+    alone_cap: float | None = None
+    """Most that these may cost, by the policy of the last reservation."""
     elsewhere: Steps = field(default_factory=Counter)
 
     def reserve(self, leaf: int, body: Reservation, policy: Policy | None, findings: Findings) -> None:
@@ -65,9 +71,14 @@ class Budget:
             self.trust = Trust.NONE
         if body.trust is Trust.AGGREGATE:
             known = body.colluders if self.colluders is None else self.colluders
-            self.trust, self.colluders = Trust.AGGREGATE, min(known, body.colluders)
+            self.colluders = min(known, body.colluders)
+            if self.trust is not Trust.NONE:
+                self.trust = Trust.AGGREGATE
+        if policy is not None:
+            self.alone_cap = policy.max_epsilon_all_collude
         self.alone += steps_by_mechanism(body.own_charges)
         before = self.spendings[-1] if self.spendings else None
+        schedule = policy.schedule if policy else Schedule.FREE
         # As this reservation reports it: keeping the union with every one would take the square of the ledger.
         spent_elsewhere = charges_of(elsewhere)
         # Rounds are alike: equal values share one object, so that a million leaves fit in memory.
@@ -75,13 +86,15 @@ class Budget:
             _Spending(
                 leaf=leaf,
                 charges=before.charges if before and before.charges == body.charges else body.charges,
+                draws=(before.draws if before else 0) + body.draws,
                 elsewhere=before.elsewhere
                 if before and before.elsewhere == spent_elsewhere
                 else spent_elsewhere,
                 cap=policy.epsilon_cap if policy else None,
                 delta=policy.delta if policy else body.delta,
                 unprotected=body.trust is Trust.NONE,
-                schedule=policy.schedule if policy else Schedule.FREE,
+                schedule=schedule,
+                counted=before.counted if before and before.counted is Schedule.FREE else schedule,
             )
         )
 
@@ -92,8 +105,9 @@ class Budget:
         all; only where it is over the cap the first one that was is searched, by bisection.
         """
         start = 0
-        for (cap, delta, unprotected, schedule), stretch in groupby(
-            self.spendings, key=lambda each: (each.cap, each.delta, each.unprotected, each.schedule)
+        for (cap, delta, unprotected, schedule, counted), stretch in groupby(
+            self.spendings,
+            key=lambda each: (each.cap, each.delta, each.unprotected, each.schedule, each.counted),
         ):
             end = start + len(list(stretch))
             if unprotected:
@@ -101,14 +115,14 @@ class Budget:
                 start = end
                 continue
             self._check_schedule(start, end, schedule, findings)
-            spent = epsilon_enforced(self._prefix(end), delta, schedule)
+            spent = self._spent(end, delta, counted)
             if cap is not None and over(spent, cap):
                 low, high = start, end - 1
                 while low < high:
                     middle = (low + high) // 2
-                    too_much = over(epsilon_enforced(self._prefix(middle + 1), delta, schedule), cap)
+                    too_much = over(self._spent(middle + 1, delta, counted), cap)
                     low, high = (low, middle) if too_much else (middle + 1, high)
-                here = epsilon_enforced(self._prefix(low + 1), delta, schedule)
+                here = self._spent(low + 1, delta, counted)
                 detail = (
                     f"brings epsilon on data set {self.dataset[:8]}… over the site's cap of {cap:g}: "
                     f"{_shown(here)} here, {_shown(spent)} by leaf "
@@ -116,6 +130,21 @@ class Budget:
                 )
                 findings.add(Code.OVER_CAP, self.spendings[low].leaf, self.site, detail)
             start = end
+
+        self._check_alone(findings)
+
+    def _check_alone(self, findings: Findings) -> None:
+        """Compare what is spent if everybody else colludes with the cap the site's last policy set for it."""
+        if self.alone_cap is None or not self.spendings:
+            return
+        last = self.spendings[-1]
+        alone = self._spent_alone(last.delta, last.counted)
+        if over(alone, self.alone_cap):
+            detail = (
+                f"brings epsilon on data set {self.dataset[:8]}… to {_shown(alone)} if all other sites collude, over "
+                f"the site's cap of {self.alone_cap:g} for that"
+            )
+            findings.add(Code.OVER_CAP, last.leaf, self.site, detail)
 
     def _check_schedule(self, start: int, end: int, schedule: Schedule, findings: Findings) -> None:
         """Find the first reservation of a stretch that changed a mechanism its policy had fixed."""
@@ -139,17 +168,16 @@ class Budget:
         delta = policy.delta if policy else last.delta
         charges = self._prefix(len(self.spendings))
         schedule = policy.schedule if policy else last.schedule
+        counted = Schedule.FREE if Schedule.FREE in {schedule, last.counted} else Schedule.FIXED
         return SiteReport(
             site=self.site,
             dataset=self.dataset,
             trust=self.trust,
             colluders=self.colluders,
-            epsilon=_finite(epsilon_enforced(charges, delta, schedule)),
+            epsilon=_finite(self._spent(len(self.spendings), delta, counted)),
             schedule=schedule,
-            epsilon_rdp=_finite(epsilon_rdp(charges, delta)),
-            epsilon_all_collude=_finite(
-                epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, schedule)
-            ),
+            epsilon_rdp=_finite(epsilon_rdp(charges, usable_delta(delta, shared=last.draws > 0))),
+            epsilon_all_collude=_finite(self._spent_alone(delta, counted)),
             delta=delta,
             cap=policy.epsilon_cap if policy else None,
             adjacency="add-or-remove-one-record",
@@ -158,6 +186,15 @@ class Budget:
             unmatched=len(self.spendings) - self.matched,
             mechanisms=len(steps_by_mechanism(charges)),
         )
+
+    def _spent(self, count: int, delta: float, schedule: Schedule) -> float:
+        """Return epsilon after the first reservations."""
+        return epsilon_enforced(self._prefix(count), delta, schedule, self.spendings[count - 1].draws)
+
+    def _spent_alone(self, delta: float, schedule: Schedule) -> float:
+        """Return epsilon after all reservations if everybody else colludes."""
+        last = self.spendings[-1]
+        return epsilon_enforced([*charges_of(self.alone), *last.elsewhere], delta, schedule, last.draws)
 
     def _prefix(self, count: int) -> tuple[Charge, ...]:
         """Return all charges of the first reservations, and what was spent elsewhere by then."""

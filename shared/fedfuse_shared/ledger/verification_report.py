@@ -127,7 +127,7 @@ class SiteReport(Frozen):
     """Colluding sites, besides the server, that ``epsilon`` withstands; None: any number of them."""
     epsilon: float | None
     """Spent, by the bound the cap is compared with: of the privacy loss distribution while the schedule is fixed, of
-    Renyi accounting where it is free; None: unbounded."""
+    Renyi accounting from the first charge under a free one on; None: unbounded."""
     schedule: Schedule | None
     """What the site's latest policy says of its mechanisms; None without a policy."""
     epsilon_rdp: float | None

@@ -16,12 +16,14 @@ from typing import Final
 
 from fedfuse_shared.config.base import Trust
 from fedfuse_shared.config.federation import GraphKind
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.envelope import Envelope, verify
 from fedfuse_shared.errors import ConfigError, VerificationError
 from fedfuse_shared.ledger.records import Close, Outcome, Policy, Receipt, Refusal, Reservation
 from fedfuse_shared.ledger.verification_report import Code, Findings
 from fedfuse_shared.messages import Agreement
 from fedfuse_shared.offer import Evaluation, Offer, RoundPrivacy
+from fedfuse_shared.privacy.integer_noise import SMOOTH
 from fedfuse_shared.roster import Roster
 from fedfuse_shared.secagg import transcript
 from fedfuse_shared.secagg.bounds import Bounds
@@ -288,19 +290,25 @@ def _name(offer: Offer) -> str:
 def _noise(offer: Offer) -> str | None:
     """Return why the shares do not add up to the noise that is accounted (design page 3, step 2), if so."""
     asked, counted = offer.privacy, offer.evaluation
-    if asked.trust is not Trust.AGGREGATE:
-        whole = counted is None or counted.noise_share == counted.noise
-        if whole and asked.noise_share == asked.noise_multiplier and asked.noise_sites == 1:
-            return None
-        return f"lets sites add less noise than is accounted, with trust = {asked.trust.value}"
-    honest = offer.min_survivors - offer.colluders
-    if not 1 <= asked.noise_sites <= honest:
-        return f"counts on the noise of {asked.noise_sites} sites, {honest} honest survivors are certain"
-    if asked.noise_share * math.sqrt(asked.noise_sites) < asked.noise_multiplier * (1 - _SLACK):
-        return f"has shares of {asked.noise_share:g} that do not add up to {asked.noise_multiplier:g}"
+    if asked.trust is Trust.AGGREGATE:
+        return next(_short_shares(offer), None)
+    whole = counted is None or counted.noise_share == counted.noise
+    if whole and asked.noise_share == asked.noise_multiplier and asked.noise_sites == 1:
+        return None
+    return f"lets sites add less noise than is accounted, with trust = {asked.trust.value}"
+
+
+def _short_shares(offer: Offer) -> Iterator[str]:
+    asked, counted = offer.privacy, offer.evaluation
+    sites, honest = asked.noise_sites, offer.min_survivors - offer.colluders
+    if not 1 <= sites <= honest:
+        yield f"counts on the noise of {sites} sites, {honest} honest survivors are certain"
+    if asked.noise_share * math.sqrt(sites) < asked.noise_multiplier * (1 - _SLACK):
+        yield f"has shares of {asked.noise_share:g} that do not add up to {asked.noise_multiplier:g}"
+    if counted is not None and sites * counted.noise_share**2 - SMOOTH**2 < counted.noise**2 * (1 - _SLACK):
+        yield f"has shares of {counted.noise_share:g} on counts that do not add up to {counted.noise:g}"
     if asked.steps != 1:
-        return f"shares the noise between sites over {asked.steps} local steps; only one can be accounted"
-    return None
+        yield f"shares the noise between sites over {asked.steps} local steps; only one can be accounted"
 
 
 def _differing(body: Reservation, attempt: Attempt) -> list[str]:
@@ -332,6 +340,9 @@ def _outside(body: Reservation, attempt: Attempt | None, policy: Policy) -> Iter
         yield f"trust {body.trust.value}"
     if body.evaluation is not None and policy.min_evaluation_noise is None:
         yield "evaluation"
+    if body.evaluation is not None and policy.schedule is Schedule.FIXED:
+        # Found here, since its numbers may be those of the training: then they merge into one mechanism.
+        yield "evaluation under a fixed schedule"
     if attempt is not None and attempt.graph not in policy.graphs:
         yield f"a {attempt.graph.value} graph"
     ceilings: dict[str, tuple[float, float]] = {

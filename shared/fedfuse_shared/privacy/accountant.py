@@ -33,6 +33,9 @@ MAX_MECHANISMS: Final = 8
 MAX_STEPS: Final = 10**6
 """Most steps of one mechanism whose privacy loss distribution is composed."""
 
+SLACK: Final = 2.0**-10
+"""Share of delta that is kept for the distance of drawn integers from their ideal law."""
+
 _FINE, _COARSE = 1e-4, 1e-3
 """Grid of the privacy loss, below and above ``_COARSE_ABOVE``; either is rounded up, never down."""
 _COARSE_ABOVE: Final = 16.0
@@ -62,7 +65,7 @@ def epsilon_rdp(charges: Iterable[Charge], delta: float) -> float:
     return _rdp(_bounded(merge(charges)), _checked(delta))
 
 
-def epsilon_enforced(charges: Iterable[Charge], delta: float, schedule: Schedule) -> float:
+def epsilon_enforced(charges: Iterable[Charge], delta: float, schedule: Schedule, draws: int = 0) -> float:
     """Return the number that caps are compared with, under the schedule a site fixed before its first charge.
 
     With one mechanism for good only the number of its steps is left to choose, and the privacy loss distribution
@@ -71,12 +74,38 @@ def epsilon_enforced(charges: Iterable[Charge], delta: float, schedule: Schedule
     two on the way would be neither, so the policy chooses beforehand; several mechanisms under a fixed schedule,
     which no site charges, count by Renyi.
 
+    Args:
+        charges: Everything charged, in any order.
+        delta: The delta it is meant at.
+        schedule: What the site's policy fixed.
+        draws: Integer draws of noise on each coordinate (``Reservation.draws``). They are not exactly what they stand
+            for, and their distance comes out of delta; where it does not fit, the bound is infinite.
+
     Raises:
         ConfigError: delta does not lie between 0 and 1.
     """
     merged = merge(charges)
+    usable = usable_delta(_checked(delta), shared=draws > 0)
     one = len(steps_by_mechanism(merged)) <= 1
-    return (epsilon if one and schedule is Schedule.FIXED else epsilon_rdp)(merged, delta)
+    bound = (epsilon if one and schedule is Schedule.FIXED else epsilon_rdp)(merged, usable)
+    return bound if room_for_draws(bound, delta, draws) else math.inf
+
+
+def room_for_draws(bound: float, delta: float, draws: int) -> bool:
+    """Return whether what inexact draws add to delta at an epsilon fits in what was kept for it."""
+    if not draws:
+        return True
+    from fedfuse_shared.privacy.aggregate import slack_of_draws  # noqa: PLC0415 - numpy, only where needed
+
+    return slack_of_draws(bound, draws) <= delta - usable_delta(delta, shared=True)
+
+
+def usable_delta(delta: float, *, shared: bool) -> float:
+    """Return the delta that mechanisms may use up; where noise is shared, the rest is for inexact sampling.
+
+    ``aggregate.slack`` is compared with ``delta - usable_delta(delta, shared=True)`` wherever a cap is.
+    """
+    return delta * (1 - SLACK) if shared else delta
 
 
 def _checked(delta: float) -> float:

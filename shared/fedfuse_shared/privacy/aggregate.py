@@ -13,13 +13,20 @@ import math
 from fractions import Fraction
 from typing import Final
 
+from fedfuse_shared import limits
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.privacy.integer_noise import SMOOTH, SMOOTHING
 
-MAX_RECORDS: Final = 2**20
+MAX_RECORDS: Final = limits.MAX_RECORDS
 """Most records of one step whose float64 sum the stated sensitivity covers."""
 FINENESS: Final = 2**10
 """``scale * clip >= FINENESS * sqrt(dimension)`` keeps rounding at a thousandth of the clip norm."""
+MOST_SHARE: Final = 2.0**24
+"""Largest deviation of a share, in grid steps, whose draws are within ``MOST_DISTANCE`` of their ideal law."""
+MOST_DISTANCE: Final = 2.0**-80
+"""Bound on ``IntegerGaussian.distance`` for every deviation from 8 to ``MOST_SHARE``."""
+MOST_DIMENSION: Final = 2**24
+"""Most words of a vector whose noise is drawn as integers; the slack in delta is reckoned with it."""
 NOISE_REACH: Final = 12.0
 """Deviations of the summed noise that a ring leaves room for; more has probability below 2**-102."""
 
@@ -124,6 +131,16 @@ def slack(epsilon: float, steps: int, dimension: int, distance: float) -> float:
     """
     factor = math.exp(min(epsilon, 700.0)) + 1
     return min(1.0, factor * steps * dimension * distance * _UP)
+
+
+def slack_of_draws(epsilon: float, draws: int) -> float:
+    """Return what inexact sampling adds to delta at most, whatever the vectors' lengths.
+
+    Args:
+        epsilon: Epsilon of the ideal mechanisms together.
+        draws: Honest sites' draws on each coordinate, over all steps: ``Reservation.draws``, added up.
+    """
+    return slack(epsilon, draws, MOST_DIMENSION, opened_distance(1, MOST_DISTANCE))
 
 
 def least_scale(clip: float, dimension: int) -> float:

@@ -62,13 +62,42 @@ def quantise(
         np.clip(grid, -limit, limit, out=grid)
         np.rint(grid, out=grid)
         np.copyto(signed[start : start + len(part)], grid, casting="unsafe")
+    _fill_tail(words, declared, offer, counts)
+    return words
+
+
+def as_words(
+    integers: NDArray[np.int64],
+    declared: frozenset[Modality],
+    offer: Offer,
+    counts: NDArray[np.int64] | None = None,
+) -> Words:
+    """Return integers of shape ``(d,)``, noise included, as words ``(d + tail + counts,)`` of the ring.
+
+    Nothing but the ring comes after the noise: no clamp, no rounding (docs/privacy-aggregate.md).
+
+    Raises:
+        ProtocolError: another length than the offer's layout, or counts are missing.
+    """
+    dimension = offer.dimension()
+    if integers.shape != (dimension,):
+        raise ProtocolError(f"sum of shape {integers.shape} for a layout of {dimension} coordinates")
+    words = np.empty(vector_length(offer), dtype=np.uint32)
+    words[:dimension] = integers.astype(np.uint32)  # modulo 2^32
+    _fill_tail(words, declared, offer, counts)
+    return words
+
+
+def _fill_tail(
+    words: Words, declared: frozenset[Modality], offer: Offer, counts: NDArray[np.int64] | None
+) -> None:
+    start = offer.dimension()
     tail = [modality in declared for modality in tail_modalities(offer.layout)]
-    words[dimension : dimension + len(tail)] = tail
+    words[start : start + len(tail)] = tail
     if offer.counts:
         if counts is None or counts.shape != (offer.counts,):
             raise ProtocolError(f"no {offer.counts} counts for a round that evaluates")
-        words[dimension + len(tail) :] = (counts & 0xFFFFFFFF).astype(np.uint32)
-    return words
+        words[start + len(tail) :] = counts.astype(np.uint32)
 
 
 def average(total: Words, offer: Offer, survivors: int) -> tuple[NDArray[np.float32], dict[Modality, int]]:
