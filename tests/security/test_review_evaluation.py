@@ -77,12 +77,13 @@ def test_shares_of_the_noise_on_counts_have_to_add_up_too():
             "trust": Trust.AGGREGATE,
             "steps": 1,
             "noise_sites": honest,
-            "noise_share": offer.privacy.noise_multiplier / math.sqrt(honest) * 1.001,
+            "noise_share": offer.privacy.noise_multiplier / math.sqrt(honest),
         }
     )
-    builder.offer(**evaluating(noise=80.0, share=80.0 / math.sqrt(honest) * 1.001, privacy=shared))
+    grid = {"scale": 2.0**14, "clip_range": 1000.0}
+    builder.offer(**evaluating(noise=80.0, share=80.0 / math.sqrt(honest) * 1.001, privacy=shared, **grid))
     assert "offer-noise" not in codes(builder.audit())
-    builder.offer(**evaluating(noise=80.0, share=8.0, privacy=shared))
+    builder.offer(**evaluating(noise=80.0, share=8.0, privacy=shared, **grid))
     assert "offer-noise" in codes(builder.audit())
 
 
@@ -175,6 +176,8 @@ def grown(builder):
 
 
 DEFAULTS = {
+    "elsewhere_alone": None,
+    "elsewhere_draws": 0,
     "graphs": ["complete"],
     "schedule": "fixed",
     "min_evaluation_noise": None,
@@ -201,7 +204,7 @@ def test_what_versions_added_has_one_spelling():
                 with pytest.raises(ProtocolError, match="canonical form"):
                     decode(canonical({**unsigned, "sig": sig}), type(leaf.body), who="x")
                 tried += 1
-    assert tried == 2 * 7
+    assert tried == 2 * 9
 
 
 def test_a_field_that_versions_added_cannot_be_taken_out_of_what_was_signed():
