@@ -196,7 +196,7 @@ def test_no_learning_rate_is_made_up_for_an_adaptive_optimiser(tmp_path):
         ((*SITES, "--classes", "1"), "1 classes leave nothing to learn"),
         ((*SITES, "--alignment", "nan"), "--alignment nan"),
         ((*SITES, "--trust", "none"), "nothing to plan"),
-        ((*SITES, "--trust", "aggregate"), "not built yet; use --trust site"),
+        ((*SITES, "--trust", "aggregate"), "is not forecast yet; plan with --trust site"),
         ((*SITES, "--trust", "all"), "trust"),
         (("--data", "nowhere"), "nowhere"),
         ((*SITES, "--config", "nowhere.toml"), "nowhere.toml"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -23,12 +24,13 @@ from fedfuse_shared import limits
 from fedfuse_shared.config.base import Modality, Trust
 from fedfuse_shared.config.federation import TrainingConfig
 from fedfuse_shared.config.model import EncoderConfig, ModelConfig
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.envelope import decode, encode, verify
 from fedfuse_shared.errors import BudgetError, DataError, PolicyError, StateError
 from fedfuse_shared.ledger import records
 from fedfuse_shared.ledger.records import Charge, Receipt, Refusal, Reservation
 from fedfuse_shared.offer import Offer, RoundPrivacy, Segment
-from fedfuse_shared.privacy.accountant import epsilon
+from fedfuse_shared.privacy.accountant import epsilon, epsilon_enforced
 
 KEY = Ed25519PrivateKey.generate()
 PUBLIC = KEY.public_key().public_bytes_raw()
@@ -353,6 +355,71 @@ def test_spending_in_another_federation_counts_and_is_said(store: SiteStore, cha
     enough = epsilon(store.spent(dataset), 1e-5)
     with pytest.raises(BudgetError):
         chain.reserve(POLICY.model_copy(update={"epsilon_cap": enough}), offer(2), dataset, KEY)
+
+
+SHARED = {
+    "trust": Trust.AGGREGATE,
+    "steps": 1,
+    "noise_multiplier": 3.0,
+    "noise_share": 3.0 / math.sqrt(2),
+    "noise_sites": 2,
+}
+OPEN = POLICY.model_copy(update={"trust": (Trust.SITE, Trust.AGGREGATE), "epsilon_cap": 10.0})
+
+
+def shared(number: int, federation: str = "clinics", **privacy: Any) -> Offer:
+    """An offer of three sites, two of which share the noise."""
+    plain = offer(number, federation, **(SHARED | privacy))
+    return plain.model_copy(update={"scale": 2.0**14, "clip_range": 1000.0})
+
+
+def test_shared_noise_spent_elsewhere_is_said_with_its_shares_and_draws(
+    store: SiteStore, chain: Chain
+) -> None:
+    dataset = store.register_dataset(digests(1))
+    abroad = OPEN.model_copy(update={"federation": "other"})
+    for number in (1, 2):
+        store.chain("other", "lyon").reserve(abroad, shared(number, "other"), dataset, KEY)
+    body = chain.reserve(OPEN, shared(1), dataset, KEY).body
+    spent = Charge(sampling_rate=0.25, noise_multiplier=3.0, steps=2)
+    assert body.elsewhere == (spent,)
+    assert body.elsewhere_alone == (spent.model_copy(update={"noise_multiplier": 3.0 / math.sqrt(2)}),)
+    assert body.elsewhere_draws == 4
+    whole = offer(2, **{**SHARED, "trust": Trust.SITE, "noise_share": 3.0, "noise_sites": 1})
+    again = chain.reserve(OPEN, whole, dataset, KEY).body
+    assert again.elsewhere_alone == body.elsewhere_alone
+    assert again.draws == 0
+
+
+def test_the_cap_on_all_others_colluding_stops_the_round_that_would_pass_it(
+    store: SiteStore, chain: Chain
+) -> None:
+    dataset = store.register_dataset(digests(1))
+    own = Charge(sampling_rate=0.25, noise_multiplier=3.0 / math.sqrt(2), steps=2)
+    enough = epsilon_enforced([own], 1e-5, Schedule.FIXED, 4)
+    for cap, fits in ((enough, True), (enough * (1 - 1e-9), False)):
+        capped = OPEN.model_copy(update={"max_epsilon_all_collude": cap})
+        chain.reserve(capped, shared(1), dataset, KEY)
+        if fits:
+            chain.check_budget(capped, shared(2), dataset)
+        else:
+            with pytest.raises(
+                BudgetError, match=r"if all others help the server; raise max_epsilon_all_collude"
+            ):
+                chain.check_budget(capped, shared(2), dataset)
+
+
+def test_a_fixed_schedule_fixes_the_share_of_noise_where_it_is_capped(store: SiteStore, chain: Chain) -> None:
+    """The same multiplier from fewer sites is another mechanism if all others collude."""
+    dataset = store.register_dataset(digests(1))
+    capped = OPEN.model_copy(update={"max_epsilon_all_collude": 10.0})
+    chain.reserve(capped, shared(1), dataset, KEY)
+    other = shared(2, noise_sites=1, noise_share=3.0)
+    with pytest.raises(
+        BudgetError, match=r"a share of noise of 3; this data set was charged for other shares"
+    ):
+        chain.reserve(capped, other, dataset, KEY)
+    chain.reserve(OPEN, other, dataset, KEY)
 
 
 # --- data sets ---------------------------------------------------------------------------------------------
