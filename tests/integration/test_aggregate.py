@@ -236,6 +236,31 @@ def test_a_policy_that_trusts_nobody_refuses_and_the_others_go_on_with_the_same_
     assert {row.site: row.reservations for row in report.sites}["oslo"] == 0
 
 
+def test_a_site_whose_training_fails_answers_with_its_share_of_the_noise_alone(tmp_path, monkeypatch):
+    """Whether and what a site answers must not depend on its records: a failure looks as if none had been drawn."""
+    federation = SmallFederation(tmp_path, {"rounds": 1, "privacy": PRIVACY})
+    watched, real, failed = Watched(), shared_round.gradient_sum, []
+    watched.watch(monkeypatch)
+
+    def gradient_sum(model, data, *arguments, **options):
+        if len(data) and not failed:
+            failed.append(data)
+            raise MemoryError
+        return real(model, data, *arguments, **options)
+
+    monkeypatch.setattr(shared_round, "gradient_sum", gradient_sum)
+    federation.run()
+    assert failed
+    assert [event.survivors for event in federation.told(RoundOpened)] == [SITES]
+    total, offer, survivors = watched.opened[1]
+    assert sorted(bool(sums.any()) for sums in watched.sums[1]) == [False, True, True, True]
+    d = offer.dimension()
+    noise = total[:d].view(np.int32).astype(np.int64) - sum(watched.sums[1])
+    moved = aggregate.sensitivity(offer.privacy.clip, offer.scale, d) * offer.scale
+    variance = survivors * ((SIGMA * moved) ** 2 / HONEST + SMOOTH**2)
+    assert stats.chi2.cdf(float((noise**2 / variance).sum()), d) > 1e-9, "its share is there all the same"
+
+
 def test_fewer_than_min_survivors_are_never_opened_and_stay_charged(tmp_path, monkeypatch):
     monkeypatch.setattr(coordinator, "MAX_ATTEMPTS", 2)
     federation = SmallFederation(tmp_path, {"rounds": 1, "privacy": PRIVACY})
