@@ -87,7 +87,7 @@ ENTRIES = [
     *(
         Entry(
             f"P4.{name}",
-            f"DP-SGD step, {name}, 128 records, one thread",
+            f"DP-SGD step, {name}, 640 rows at q = 0.5, one thread",
             "plain SGD step",
             2,
             lower_is_better=True,
@@ -98,7 +98,7 @@ ENTRIES = [
     *(
         Entry(
             f"P4h.{name}",
-            f"DP-SGD step, {name}, 128 records, one thread",
+            f"DP-SGD step, {name}, 640 rows at q = 0.5, one thread",
             "Opacus 1.6.0, default hooks",
             1,
             lower_is_better=True,

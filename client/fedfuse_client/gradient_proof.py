@@ -75,7 +75,7 @@ def reference(model: nn.Module, batch: Microbatch, other: Microbatch) -> Referen
         norms[row] = gradient.norm()
         weights[:, row] = draws[:, row] / norms[row].clamp(min=1e-12)
         sums.addcmul_(weights[:, row : row + 1], gradient[None])
-    return Reference(probe, batch, _spoilt(other), norms, weights, sums, first, _alone(probe, other, 1))
+    return Reference(probe, batch, spoilt(other), norms, weights, sums, first, _alone(probe, other, 1))
 
 
 def _alone(model: nn.Module, batch: Microbatch, row: int) -> Tensor:
@@ -148,7 +148,7 @@ def _close(what: str, distance: Tensor, bound: Tensor) -> None:
         raise Disproof(f"{what} differs: {worst:.3g} times the tolerance")
 
 
-def _spoilt(other: Microbatch) -> Microbatch:
+def spoilt(other: Microbatch) -> Microbatch:
     """Return a microbatch whose last record has features that are not finite."""
 
     def spoil(values: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ hooks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from opacus import GradSampleModule
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class PerRecord(Protocol):
@@ -42,21 +44,33 @@ class Dense:
         return (weights @ rows).view(self.rows.shape[1:])
 
 
-@dataclass(frozen=True, slots=True)
 class Factored:
     """Gradients as outer products of ``left`` ``(batch, outputs)`` and ``right`` ``(batch, inputs)``."""
 
-    left: Tensor
-    right: Tensor
+    __slots__ = ("_norms", "_wide", "left", "right")
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left = left
+        self.right = right
+        # Widened once, for norms and sums alike.
+        self._wide = left.to(torch.float64), right.to(torch.float64)
+        self._norms = tuple(map(_squared_norms, self._wide))
 
     def squared_norms(self) -> Tensor:
         """Return each record's squared L2 norm, ``(batch,)``."""
-        return _squared_norms(self.left) * _squared_norms(self.right)
+        return self._norms[0] * self._norms[1]
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Return the weighted sum, ``(outputs, inputs)``."""
-        left, right = _silenced(self.left, weights), _silenced(self.right, weights)
-        return (left * weights[:, None]).T @ right
+        left, right = self._wide
+        left = left * weights[:, None]
+        # Zeros silence what is finite, as nearly all is: then the large factor need not be copied.
+        if not math.isfinite(float(self._norms[0].sum() + self._norms[1].sum())):
+            silent = ~(weights > 0)[:, None]
+            left, right = left.masked_fill(silent, 0.0), right.masked_fill(silent, 0.0)
+        # Matrix kernels take outputs by fours, and longest over what is left: ten cost more than twelve.
+        outputs = left.shape[1]
+        return (functional.pad(left, (0, -outputs % 4)).T @ right)[:outputs]
 
 
 def _squared_norms(rows: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class LayerGradients:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._parameters = dict(model.named_parameters())
         self._uses: list[_Use] = []
         for layer in model.modules():
             if any(True for _ in layer.parameters(recurse=False)):
@@ -67,10 +68,10 @@ class LayerGradients:
                     found[id(key)] = Dense(known.rows + each.rows)
                 else:
                     found[id(key)] = each
-        missing = [name for name, parameter in self._model.named_parameters() if id(parameter) not in found]
+        missing = [name for name, parameter in self._parameters.items() if id(parameter) not in found]
         if missing:
             raise NotImplementedError(f"no layer was seen to use {missing[0]}")
-        return [found[id(parameter)] for parameter in self._model.parameters()]
+        return [found[id(parameter)] for parameter in self._parameters.values()]
 
     def _watch(self, layer: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         self._uses.append(_Use(layer, given[0].detach(), output))

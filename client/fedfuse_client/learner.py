@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MICROBATCH = 64
-"""Records whose gradients are held at once; changes memory and speed, never a result or a guarantee."""
+"""Rows of the microbatches that gradients are proven in; changes memory and speed, never a guarantee.
+
+Where rows and shapes do not matter (``row_proof``), a model with small gradients gets a larger shape too."""
 GRADIENTS = "fastest"
 """How per-record gradients are computed: the fastest way proven for the model, or one by its name.
 
@@ -111,9 +113,9 @@ class Learner:
         Raises:
             ConfigError: a layer mixes records or keeps state, or no way to the gradients is proven.
         """
-        from fedfuse_client.gradient_choice import mode_for  # noqa: PLC0415 - imports torch
+        from fedfuse_client.gradient_choice import choice_for  # noqa: PLC0415 - imports torch
 
-        mode_for(self._model_for(offer), MICROBATCH, GRADIENTS)
+        choice_for(self._model_for(offer), MICROBATCH, GRADIENTS, offer.privacy.expected_batch_size)
 
     def update(self, offer: Offer, weights: NDArray[np.float32]) -> Words:
         """Train from the global weights and return the quantised update and counts, shape ``(d + tail + counts,)``.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fedfuse_client.gradient_choice import FASTEST, mode_for
+from fedfuse_client.gradient_choice import FASTEST, choice_for
 from fedfuse_client.training import PrivateOptimizer, accumulate
 from fedfuse_shared.privacy.aggregate import share_deviation
 from fedfuse_shared.privacy.integer_noise import IntegerGaussian
@@ -40,7 +40,7 @@ def gradient_sum(
     Raises:
         ConfigError: no gradient mode is proven for the model.
     """
-    mode = mode_for(model, microbatch, gradients)
+    choice = choice_for(model, microbatch, gradients, offer.privacy.expected_batch_size)
     trained = copy.deepcopy(model).train()
     privacy = offer.privacy
     optimizer = PrivateOptimizer(
@@ -51,7 +51,7 @@ def gradient_sum(
         noise=noise,
     )
     drawn = np.flatnonzero(noise.poisson_mask(len(data), privacy.sampling_rate)).tolist()
-    accumulate(mode(trained), optimizer, data, data.usable(drawn), microbatch)
+    accumulate(choice.mode(trained), optimizer, data, data.usable(drawn), microbatch, choice.shapes)
     return torch.cat([parameter.summed_grad.flatten() for parameter in optimizer.params]).numpy()
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SHAKE: Final = (
     0.3  # deviation of what is added to weights: new models have zeros, whose gradients show nothing
 )
+_STEEP: Final = 3.0
 _LETTERS: Final = "abcdefghijklmnopqrstuvwxyz äßéñ漢字"
 
 M = TypeVar("M", bound=nn.Module)
@@ -57,6 +58,26 @@ def shaken(model: M, seed: int = 0) -> M:
                 torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=_SHAKE
             )
     return shaken_model
+
+
+def cancelling(model: M, scale: float, seed: int = 3) -> M:
+    """Return a copy of a model in train mode, at weights as a hostile server may choose them.
+
+    Every other column of a matrix is large and equal for all outputs: it means nothing but rounding, which then
+    decides between them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hostile = copy.deepcopy(model).train()
+    with torch.no_grad():
+        for parameter in hostile.parameters():
+            deviation = _STEEP if parameter.dim() > 1 else 1.0
+            parameter.copy_(deviation * torch.randn(parameter.shape, generator=generator))
+            if parameter.dim() > 1:
+                columns = parameter.flatten(1)[:, 1::2].shape[1]
+                parameter.view(len(parameter), -1)[:, 1::2] = scale * torch.randn(
+                    columns, generator=generator
+                )
+    return hostile
 
 
 def _features(encoder: Encoder, count: int, generator: torch.Generator) -> Tensor:

@@ -7,8 +7,8 @@
 3. The clipped gradients are summed in float64, get Gaussian noise of deviation ``noise_share * C`` from the CSPRNG on
    a common grid, and are divided by the public ``expected_batch_size``: never by the number drawn, and nothing else
    depends on how many records the site has.
-4. Microbatches have one fixed shape and every record its own row in them (:mod:`microbatches`), so a record's
-   gradient does not depend by a single bit on who else was drawn, or on how many.
+4. A record's gradient does not depend by a single bit on who else was drawn, or on how many: microbatches have fixed
+   shapes, and a record its own row in them unless rows and shapes are proven not to matter (:mod:`microbatches`).
 5. Gradients come from a mode that was proven for the model on synthetic records (:mod:`gradient_choice`).
 """
 
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 
-from fedfuse_client.gradient_choice import FASTEST, mode_for
+from fedfuse_client.gradient_choice import FASTEST, choice_for
 from fedfuse_client.gradient_modes import GradientMode, Microbatch
-from fedfuse_client.microbatches import microbatches
+from fedfuse_client.microbatches import densely, microbatches
 from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.models.weights import flatten
 from fedfuse_shared.privacy.noise import CLIP_MARGIN, NoiseSource
@@ -67,7 +67,11 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         for parameter in self.params:
             if parameter.dtype != torch.float32:
                 raise ConfigError(f"private training needs float32 weights, not {parameter.dtype}")
-            parameter.summed_grad = torch.zeros_like(parameter, dtype=torch.float64)
+        # One vector, so that noise is drawn and added once a step and not once a layer.
+        self._sizes = [parameter.numel() for parameter in self.params]
+        self._total = torch.zeros(sum(self._sizes), dtype=torch.float64)
+        for parameter, part in zip(self.params, torch.split(self._total, self._sizes), strict=True):
+            parameter.summed_grad = part.view(parameter.shape)
 
     def clip_and_accumulate(self, gradients: Sequence[PerRecord], counted: Tensor) -> None:
         """Add the clipped gradients of a batch's records to the sum.
@@ -85,13 +89,13 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def add_noise(self) -> None:
         """Put the noised sum over the public divisor into ``grad`` and start the next sum at zero."""
-        for parameter in self.params:
-            total = parameter.summed_grad
-            noised = self._noise.private_sum(
-                total.numpy(), clip=self.max_grad_norm, multiplier=self.noise_multiplier
-            )
-            parameter.grad = torch.from_numpy(noised / self.expected_batch_size).to(torch.float32)
-            total.zero_()
+        noised = self._noise.private_sum(
+            self._total.numpy(), clip=self.max_grad_norm, multiplier=self.noise_multiplier
+        )
+        gradient = torch.from_numpy(noised / self.expected_batch_size).to(torch.float32)
+        for parameter, part in zip(self.params, torch.split(gradient, self._sizes), strict=True):
+            parameter.grad = part.view(parameter.shape)
+        self._total.zero_()
 
     def step(self) -> None:
         """Step along the noised sum of everything accumulated since the last step, be it nothing."""
@@ -115,10 +119,10 @@ def train_round(
         ConfigError: weights of a precision that noise cannot be added to safely, or a model for which the gradient
             mode named in ``gradients``, or none, is proven.
     """
-    mode = mode_for(model, microbatch, gradients)
+    choice = choice_for(model, microbatch, gradients, privacy.expected_batch_size)
     before = flatten(model)
     trained = copy.deepcopy(model).train()
-    wrapped = mode(trained)
+    wrapped = choice.mode(trained)
     optimizer = PrivateOptimizer(
         torch.optim.SGD(trained.parameters(), lr=training.step_size(privacy.noise_share)),
         clip=privacy.clip,
@@ -128,7 +132,7 @@ def train_round(
     )
     for _ in range(privacy.steps):
         drawn = np.flatnonzero(noise.poisson_mask(len(data), privacy.sampling_rate)).tolist()
-        accumulate(wrapped, optimizer, data, data.usable(drawn), microbatch)
+        accumulate(wrapped, optimizer, data, data.usable(drawn), microbatch, choice.shapes)
         optimizer.step()
     return flatten(trained) - before
 
@@ -139,9 +143,20 @@ def accumulate(
     data: RecordTensors,
     drawn: Sequence[int],
     microbatch: int,
+    shapes: Sequence[int] = (),
 ) -> None:
-    """Add the clipped gradients of the records drawn, in microbatches of one shape, each record in its own row."""
-    for filled in microbatches(drawn, data.places(microbatch), microbatch):
+    """Add the clipped gradients of the records drawn.
+
+    Args:
+        mode: Wraps the model that the optimiser trains.
+        optimizer: Sums them.
+        data: The records.
+        drawn: Indices of those that count.
+        microbatch: Rows of a microbatch in which every record has its own.
+        shapes: Proven for the mode and the model: these are filled densely instead.
+    """
+    packed = densely(drawn, shapes) if shapes else microbatches(drawn, data.places(microbatch), microbatch)
+    for filled in packed:
         batch = data.batch(filled.rows)
         inputs = (batch["text"], batch["image"], batch["audio"], batch["present"])
         gradients = mode.gradients(Microbatch(inputs, batch["label"]))

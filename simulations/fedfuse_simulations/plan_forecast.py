@@ -156,7 +156,7 @@ def _check_privacy(values: Mapping[str, Any]) -> None:
     if trust == Trust.AGGREGATE:
         raise ConfigError(
             'trust = "aggregate" is not forecast yet',
-            advice="plan with --trust site: where h honest sites share it, noise of the sum is sqrt(h) times less",
+            advice="plan with --trust site; shares of h honest sites make the noise sqrt(h) times smaller",
         )
 
 

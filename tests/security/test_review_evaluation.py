@@ -20,6 +20,7 @@ from fedfuse_client.data.manifest import load_dataset
 from fedfuse_client.data.tensors import RecordTensors
 from fedfuse_client.evaluation import count
 from fedfuse_client.policy import SitePolicy, check_offer
+from fedfuse_client.shared_round import with_share
 from fedfuse_client.store import SiteStore
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import SERVER, Modality, Trust
@@ -32,6 +33,9 @@ from fedfuse_shared.ledger.records import Charge, Close, EvaluationCharge, Polic
 from fedfuse_shared.models import build_model, flatten, load_flat
 from fedfuse_shared.offer import Evaluation, Offer, architecture_hash
 from fedfuse_shared.privacy.accountant import epsilon, epsilon_rdp
+from fedfuse_shared.privacy.aggregate import share, share_deviation
+from fedfuse_shared.privacy.integer_noise import SMOOTH
+from fedfuse_shared.privacy.noise import NoiseSource
 
 
 def policy_for(offer, folder, **changes):
@@ -70,21 +74,66 @@ def evaluating(*, noise=8.0, share=None, **changes):
 def test_shares_of_the_noise_on_counts_have_to_add_up_too():
     """With shared noise the audit looked at the update's shares alone: counts were charged at noise nobody added."""
     builder = LedgerBuilder().enrol()
-    offer = builder.federation.offer()
-    honest = offer.min_survivors - offer.colluders
-    shared = offer.privacy.model_copy(
-        update={
-            "trust": Trust.AGGREGATE,
-            "steps": 1,
-            "noise_sites": honest,
-            "noise_share": offer.privacy.noise_multiplier / math.sqrt(honest),
-        }
-    )
-    grid = {"scale": 2.0**14, "clip_range": 1000.0}
-    builder.offer(**evaluating(noise=80.0, share=80.0 / math.sqrt(honest) * 1.001, privacy=shared, **grid))
+    offer = shared_noise(builder.federation)
+    honest = offer.privacy.noise_sites
+    enough = math.hypot(80.0, SMOOTH) / math.sqrt(honest) * 1.001
+    grid = {"scale": offer.scale, "clip_range": 1000.0}
+    builder.offer(**evaluating(noise=80.0, share=enough, privacy=offer.privacy, **grid))
     assert "offer-noise" not in codes(builder.audit())
-    builder.offer(**evaluating(noise=80.0, share=8.0, privacy=shared, **grid))
+    builder.offer(**evaluating(noise=80.0, share=8.0, privacy=offer.privacy, **grid))
     assert "offer-noise" in codes(builder.audit())
+
+
+def shared_noise(federation, **changes):
+    """Return an offer of which as many sites share the noise as are sure to be honest."""
+    plain = federation.offer(scale=2.0**15)
+    sites = plain.min_survivors - plain.colluders
+    shares = {"noise_sites": sites, "noise_share": share(plain.privacy.noise_multiplier, sites), **changes}
+    privacy = plain.privacy.model_copy(update={"trust": Trust.AGGREGATE, "steps": 1, **shares})
+    return plain.model_copy(update={"privacy": privacy})
+
+
+def test_a_share_of_the_noise_is_not_counted_as_more_than_a_site_adds(tmp_path):
+    """Sites draw what follows from the noise charged; what is charged if all others collude was the server's word."""
+    federation = Federation.of(4)
+    honest = shared_noise(federation)
+    policy = policy_for(honest, tmp_path, trust=(Trust.AGGREGATE,), max_epsilon_all_collude=20.0)
+    check_offer(policy, honest)
+    drawn = share_deviation(
+        honest.privacy.noise_multiplier,
+        honest.privacy.noise_sites,
+        honest.privacy.clip,
+        honest.scale,
+        honest.dimension(),
+    )
+    lie = shared_noise(federation, noise_share=1000.0)
+    assert with_share(np.zeros(lie.dimension(), np.int64), lie, NoiseSource.fresh()).std() < 2 * drawn
+    with pytest.raises(PolicyError, match=r"shares of 1000\.0 for noise"):
+        check_offer(policy, lie)
+    builder = LedgerBuilder(federation).enrol()
+    builder.offer(privacy=lie.privacy)
+    assert "offer-noise" in codes(builder.audit())
+
+
+def test_a_cap_on_what_is_left_if_all_others_collude_is_audited_where_it_is_published():
+    builder = LedgerBuilder().enrol()
+    offer = shared_noise(builder.federation)
+    for _ in range(3):
+        builder.round(privacy=offer.privacy)
+    assert builder.audit().ok
+    (row, *_) = builder.audit().sites
+    for site, most in zip(builder.federation.names, (1.01, 0.99, 1.01, None), strict=True):
+        builder.policy(site, max_epsilon_all_collude=most and most * row.epsilon_all_collude)
+    builder.round(privacy=offer.privacy)
+    found = [(finding.code.value, finding.site) for finding in builder.audit().findings]
+    assert found == [("over-cap", site) for site in builder.federation.names[:3]]
+    builder = LedgerBuilder().enrol()
+    for site, most in zip(builder.federation.names, (1.01, 0.99, 1.01, None), strict=True):
+        builder.policy(site, max_epsilon_all_collude=most and most * row.epsilon_all_collude)
+    for _ in range(3):
+        builder.round(privacy=offer.privacy)
+    found = [(finding.code.value, finding.site) for finding in builder.audit().findings]
+    assert found == [("over-cap", builder.federation.names[1])]
 
 
 def everything(builder, noise):
@@ -175,18 +224,6 @@ def grown(builder):
     return [found[kind.kind] for kind in (Policy, Offer, Reservation, Close)]
 
 
-DEFAULTS = {
-    "elsewhere_alone": None,
-    "elsewhere_draws": 0,
-    "graphs": ["complete"],
-    "schedule": "fixed",
-    "min_evaluation_noise": None,
-    "max_epsilon_all_collude": None,
-    "evaluation": None,
-    "counts": [],
-}
-
-
 def test_what_versions_added_has_one_spelling():
     """A default spelled out, signed over that very text or over the short one, is a second line for one statement."""
     builder = LedgerBuilder().enrol()
@@ -196,7 +233,8 @@ def test_what_versions_added_has_one_spelling():
         plain = json.loads(encode(leaf))
         for name in type(leaf.body).added:
             assert name not in plain["body"]
-            body = {**plain["body"], name: DEFAULTS[name]}
+            default = type(leaf.body).model_fields[name].default
+            body = {**plain["body"], name: list(default) if isinstance(default, tuple) else default}
             unsigned = {"author": leaf.author, "body": body, "kind": leaf.kind, "v": 1}
             label = limits.LABEL_SIGNATURE + leaf.kind.encode() + b"\0"
             for said in (unsigned, {**unsigned, "body": plain["body"]}):
@@ -309,8 +347,10 @@ def counted(federation, rows, weights, detail):
     return found
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-3, 1.0, 1e30], ids=str)
-@pytest.mark.parametrize("detail", list(Detail))
+@pytest.mark.parametrize(
+    ("scale", "detail"),
+    [(0.0, Detail.CONFUSION), (1e-30, Detail.CONFUSION), (1.0, Detail.ACCURACY), (1e30, Detail.CONFUSION)],
+)
 def test_a_row_moves_one_count_by_one_whatever_weights_the_server_sends(federation, scale, detail):
     """Ties, logits a rounding apart, overflow to NaN: nobody else's prediction may hang on whether a row is there."""
     rows = rows_of(federation)

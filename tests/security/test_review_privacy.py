@@ -12,6 +12,7 @@ from support.ledgers import LedgerBuilder, codes, digest, head_of
 from support.small_federation import SmallFederation
 
 from fedfuse_client.data import tensors
+from fedfuse_client.data.manifest import load_dataset
 from fedfuse_client.learner import Learner
 from fedfuse_client.policy import SitePolicy
 from fedfuse_client.round import close_sites
@@ -85,7 +86,7 @@ def test_one_record_that_fails_does_not_erase_the_contribution_of_the_others(tmp
     federation = SmallFederation(
         tmp_path, {"rounds": 1, "privacy": {"sampling_rate": 1.0, "noise_multiplier": 1.0}}
     )
-    trained: list[int] = []
+    trained: dict[tensors.RecordTensors, set[int]] = {}
     real_decode, real_batch = tensors.decode_image, tensors.RecordTensors.batch
     failed: list[Path] = []
 
@@ -96,14 +97,18 @@ def test_one_record_that_fails_does_not_erase_the_contribution_of_the_others(tmp
         return real_decode(path, wanted)
 
     def batch(self, indices):
-        trained.append(len(set(indices)))
-        return real_batch(self, indices)
+        found = real_batch(self, indices)
+        trained.setdefault(self, set()).update(indices)
+        return found
 
     monkeypatch.setattr(tensors, "decode_image", decode)
     monkeypatch.setattr(tensors.RecordTensors, "batch", batch)
     federation.run()
-    # Every row is drawn and stands in one microbatch: all of 4 x 30 but the one that fails.
-    assert sum(trained) == 119, "a site sent noise alone because of one record"
+    rows = load_dataset(federation.root / "data").select(split="train")
+    assert sorted(map(len, trained.values()))[1:] == [len(rows) // 4] * 3
+    assert sum(map(len, trained.values())) == len(rows) - 1, (
+        "more than one record was left out because of one"
+    )
 
 
 # --- what an audit accepts ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fedfuse_client import gradient_choice
 from fedfuse_client.data.cells import Record
 from fedfuse_client.data.tensors import RecordTensors
-from fedfuse_client.gradient_choice import FASTEST, choose, mode_for
+from fedfuse_client.gradient_choice import FASTEST, choice_for, choose
 from fedfuse_client.gradient_modes import MODES, GhostClipping, Hooks, LayerRules, Microbatch, losses
 from fedfuse_client.gradient_proof import Disproof, prove, reference
 from fedfuse_client.gradients import Dense
@@ -264,7 +264,7 @@ def test_an_output_changed_in_place_is_noticed_and_another_mode_is_used():
     made = reference(model, *toy_batches())
     with pytest.raises(Disproof, match="differs"):
         prove("layers", made)
-    assert choose(model, *toy_batches()) != "layers"
+    assert choose(model, *toy_batches()).name != "layers"
 
 
 class Scale(nn.Module):
@@ -285,7 +285,7 @@ def test_a_layer_without_a_rule_is_refused_by_some_modes_and_proven_for_others()
     ):
         prove("layers", made)
     prove("functorch", made)
-    assert choose(Toy(Scale()), *toy_batches()) in MODES
+    assert choose(Toy(Scale()), *toy_batches()).name in MODES
 
 
 def test_a_layer_used_twice_is_summed():
@@ -312,25 +312,25 @@ def test_the_choice_is_made_once_for_a_model_and_a_microbatch_and_logged(monkeyp
         gradient_choice, "choose", lambda *args, real=choose: made.append(args) or real(*args)
     )
     with caplog.at_level(logging.INFO, "fedfuse_client"):
-        first = mode_for(build_model(HEADS, 0), 8)
-        assert mode_for(build_model(HEADS, 1), 8) is first
+        first = choice_for(build_model(HEADS, 0), 8)
+        assert choice_for(build_model(HEADS, 1), 8) is first
         assert len(made) == 1
-        mode_for(build_model(HEADS, 0), 4)
-        mode_for(build_model(TRAINED, 0), 8)
+        choice_for(build_model(HEADS, 0), 4)
+        choice_for(build_model(TRAINED, 0), 8)
     assert len(made) == 3
     assert "gradients by mode" in caplog.text
     assert "microbatches of 4" in caplog.text
 
 
 def test_a_named_mode_must_be_proven_too():
-    assert mode_for(build_model(HEADS, 0), 8, "ghost") is GhostClipping
+    assert choice_for(build_model(HEADS, 0), 8, "ghost").mode is GhostClipping
     with pytest.raises(ConfigError, match="layers: cannot be applied"):
         choose(Toy(Scale()), *toy_batches(), "layers")
 
 
 def test_an_unknown_mode_is_refused_with_the_ones_there_are():
     with pytest.raises(ConfigError, match="there is no gradient mode 'quick'; choose one of fastest, layers"):
-        mode_for(build_model(HEADS, 0), 8, "quick")
+        choice_for(build_model(HEADS, 0), 8, "quick")
 
 
 def test_the_fastest_that_passes_is_chosen_not_the_fastest(monkeypatch):
@@ -339,10 +339,11 @@ def test_the_fastest_that_passes_is_chosen_not_the_fastest(monkeypatch):
             return [Dense(torch.zeros(len(batch.labels), *p.shape)) for p in self._layers._model.parameters()]
 
     modes = {"ghost": MODES["ghost"], "layers": LayerRules, "quick": Quick}
-    for place in ("gradient_choice", "gradient_proof"):
+    for place in ("gradient_choice", "gradient_proof", "row_proof"):
         monkeypatch.setattr(f"fedfuse_client.{place}.MODES", modes)
     monkeypatch.setattr(gradient_choice, "_by_speed", lambda *_: ["quick", "layers", "ghost"])
-    assert choose(build_model(HEADS, 0), microbatch(HEADS, 8, 2), microbatch(HEADS, 8, 3)) == "layers"
+    found = choose(build_model(HEADS, 0), microbatch(HEADS, 8, 2), microbatch(HEADS, 8, 3))
+    assert found.name == "layers"
 
 
 def test_modes_are_ordered_by_the_time_they_take(monkeypatch):
@@ -392,7 +393,7 @@ def test_which_mode_is_used_changes_an_update_by_rounding_alone(settings):
 
 def test_a_round_with_a_model_that_mixes_records_is_refused_also_after_a_good_one_of_the_same_settings():
     model = build_model(config([(Modality.IMAGE, "image-conv")]), 0)
-    mode_for(model, 8)
+    choice_for(model, 8)
     model.encoders["image"].layers[1] = nn.BatchNorm2d(16)
     with pytest.raises(
         ConfigError, match=r"submodule encoders\.image\.layers\.1 \(BatchNorm2d\) mixes records"

@@ -90,19 +90,23 @@ class RecordTensors(Dataset[Batch]):
         Raises:
             DataError: a file of one of them cannot be used.
         """
-        for index in indices:
-            self._load(index)
+        if not self._all_done(indices):
+            for index in indices:
+                self._load(index)
         rows = torch.as_tensor(indices, dtype=torch.int64)
+        text, image, audio = (self._features[m].index_select(0, rows) for m in MODALITIES)
         return Batch(
-            text=self._features[Modality.TEXT][rows],
-            image=self._features[Modality.IMAGE][rows],
-            audio=self._features[Modality.AUDIO][rows],
-            present=self._present[rows],
-            label=self._labels[rows],
+            text=text,
+            image=image,
+            audio=audio,
+            present=self._present.index_select(0, rows),
+            label=self._labels.index_select(0, rows),
         )
 
     def usable(self, indices: Sequence[int]) -> list[int]:
         """Return those of the records whose files can be used; each of the others is logged once, at the site."""
+        if self._all_done(indices):
+            return list(indices)
         good = []
         for index in indices:
             try:
@@ -114,6 +118,9 @@ class RecordTensors(Dataset[Batch]):
             else:
                 good.append(index)
         return good
+
+    def _all_done(self, indices: Sequence[int]) -> bool:
+        return all(map(self._done.__getitem__, indices))
 
     def _load(self, index: int) -> None:
         if self._done[index]:

@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedfuse_shared.config.base import Modality
 from fedfuse_shared.config.model import Fusion, ModelConfig
@@ -19,8 +20,21 @@ from fedfuse_shared.offer import Segment
 
 MODALITIES: Final = (Modality.TEXT, Modality.IMAGE, Modality.AUDIO)
 """Order of the columns of ``present`` and of the arguments of ``forward``."""
+_LINE: Final = 16  # float32 numbers on a cache line, the widest alignment of any kernel
 _CAUTION: Final = 0.1
 """Trust moves by the square of this next to other weights, or the modality that learns first silences the rest."""
+
+
+def aligned(values: Tensor) -> Tensor:
+    """Return the same vectors, ``(batch, width)``, with every row on a cache line of its own.
+
+    Matrix kernels round a row that starts off their alignment otherwise than one that starts on it, so that what a
+    record gives would depend on its place among others.
+    """
+    width = values.shape[-1]
+    if width % _LINE == 0:
+        return values
+    return functional.pad(values, (0, -width % _LINE))[..., :width]
 
 
 class SumOfLogits(nn.Module):
@@ -32,7 +46,7 @@ class SumOfLogits(nn.Module):
 
     def forward(self, encoded: dict[Modality, Tensor], present: dict[Modality, Tensor]) -> Tensor:
         """Per modality ``(batch, width)`` and ``(batch, 1)`` presence ``-> (batch, classes)``."""
-        parts = [self.heads[m.value](values * present[m]) for m, values in encoded.items()]
+        parts = [self.heads[m.value](aligned(values * present[m])) for m, values in encoded.items()]
         return torch.stack(parts).sum(dim=0)
 
 
@@ -46,7 +60,7 @@ class MeanOfLogits(nn.Module):
 
     def forward(self, encoded: dict[Modality, Tensor], present: dict[Modality, Tensor]) -> Tensor:
         """Per modality ``(batch, width)`` and ``(batch, 1)`` presence ``-> (batch, classes)``."""
-        logits = torch.stack([self.heads[m.value](values) for m, values in encoded.items()], dim=1)
+        logits = torch.stack([self.heads[m.value](aligned(values)) for m, values in encoded.items()], dim=1)
         there = torch.cat([present[m] for m in encoded], dim=1)
         # A record with nothing present gets zeros, not 0/0: its prediction is the prior alone.
         weights = self.trust(torch.full_like(there[:, :1], _CAUTION)).exp() * there

@@ -95,9 +95,15 @@ class NoiseSource:
         exact = _EXACT * grid
         noise = self.normal(total.size).reshape(total.shape) * (multiplier * clip)
         # Clamped, not refused: whether a sum is large depends on records. Clamping moves no two sums further apart.
-        total = np.clip(np.nan_to_num(total, nan=0.0), -exact, exact)
-        noise = np.clip(noise, -exact, exact)
-        return np.rint(total / grid) * grid + np.rint(noise / grid) * grid
+        total = np.where(np.isnan(total), 0.0, total)
+        for values in (total, noise):
+            np.clip(values, -exact, exact, out=values)
+            np.divide(values, grid, out=values)
+            np.rint(values, out=values)
+        # In steps of the grid both are integers of at most 2**52, so that this adds and scales without rounding.
+        total += noise
+        total *= grid
+        return total
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
