@@ -78,7 +78,7 @@ def measure(name: str) -> None:
 
     from fedfuse_client.data.manifest import load_dataset
     from fedfuse_client.data.tensors import RecordTensors
-    from fedfuse_client.gradients import RecordGradients
+    from fedfuse_client.gradient_choice import choice_for
     from fedfuse_client.training import PrivateOptimizer, accumulate, train_round
     from fedfuse_server.optimiser import GlobalModel
     from fedfuse_server.plan import resolve, round_privacy
@@ -105,13 +105,15 @@ def measure(name: str) -> None:
             load_flat(model, server.weights)
             row: dict[str, object] = {"kind": "cosine", "data": name, "round": number + 1}
             for clip in (1.0, 4.0):
-                wrapped = RecordGradients(build_model(config.model, 0).train())
-                load_flat(wrapped._module, server.weights)
-                sgd = torch.optim.SGD(wrapped.parameters(), lr=1.0)
+                trained = build_model(config.model, 0).train()
+                load_flat(trained, server.weights)
+                choice = choice_for(trained, 128, "layers")
+                sgd = torch.optim.SGD(trained.parameters(), lr=1.0)
                 optimizer = PrivateOptimizer(
                     sgd, clip=clip, multiplier=1.0, batch=1, noise=NoiseSource.fresh()
                 )
-                accumulate(wrapped, optimizer, everything, everything.usable(range(len(everything))), 128)
+                rows = everything.usable(range(len(everything)))
+                accumulate(choice.mode(trained), optimizer, everything, rows, 128, choice.shapes)
                 total = torch.cat([p.summed_grad.flatten() for p in optimizer.params]).numpy()
                 start, found = 0, {}
                 for segment in segments:
