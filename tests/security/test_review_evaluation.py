@@ -118,20 +118,21 @@ def test_a_share_of_the_noise_is_not_counted_as_more_than_a_site_adds(tmp_path):
 def test_a_cap_on_what_is_left_if_all_others_collude_is_audited_where_it_is_published():
     builder = LedgerBuilder().enrol()
     offer = shared_noise(builder.federation)
+    grid = {"scale": offer.scale, "clip_range": 1000.0}
     for _ in range(3):
-        builder.round(privacy=offer.privacy)
+        builder.round(privacy=offer.privacy, **grid)
     assert builder.audit().ok
     (row, *_) = builder.audit().sites
     for site, most in zip(builder.federation.names, (1.01, 0.99, 1.01, None), strict=True):
         builder.policy(site, max_epsilon_all_collude=most and most * row.epsilon_all_collude)
-    builder.round(privacy=offer.privacy)
+    builder.round(privacy=offer.privacy, **grid)
     found = [(finding.code.value, finding.site) for finding in builder.audit().findings]
     assert found == [("over-cap", site) for site in builder.federation.names[:3]]
     builder = LedgerBuilder().enrol()
     for site, most in zip(builder.federation.names, (1.01, 0.99, 1.01, None), strict=True):
         builder.policy(site, max_epsilon_all_collude=most and most * row.epsilon_all_collude)
     for _ in range(3):
-        builder.round(privacy=offer.privacy)
+        builder.round(privacy=offer.privacy, **grid)
     found = [(finding.code.value, finding.site) for finding in builder.audit().findings]
     assert found == [("over-cap", builder.federation.names[1])]
 
