@@ -1,6 +1,7 @@
 """Both trust modes on digits at epsilon 1, 3 and 8, five seeds: what sharing the noise buys (design page 3).
 
     .venv/bin/python bench/trust.py            all that are missing; a run takes about a minute
+    .venv/bin/python bench/trust.py 2 3        only these seeds, so that two series can run side by side
     .venv/bin/python bench/trust.py --table    only print the table
 
 `aggregate` states h, the survivors that are sure to be honest and whose shares make up the noise: min_survivors less
@@ -80,7 +81,7 @@ def main() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     known = {(row["mode"], row["epsilon"], row["seed"]) for row in rows}
     if "--table" not in sys.argv:
-        for seed in SEEDS:
+        for seed in [int(word) for word in sys.argv[1:]] or SEEDS:
             for epsilon in EPSILONS:
                 for mode in MODES:
                     if (mode, epsilon, seed) in known:
