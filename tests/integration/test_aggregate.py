@@ -39,7 +39,7 @@ from fedfuse_shared.privacy import accountant, aggregate
 from fedfuse_shared.privacy.integer_noise import SMOOTH
 from fedfuse_simulations.session import audit
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 SIGMA, HONEST, ROUNDS = 1.5, 2, 4
 PRIVACY = {"trust": "aggregate", "noise_multiplier": SIGMA, "epsilon": 30.0}

@@ -25,6 +25,8 @@ from fedfuse_shared.offer import Offer
 from fedfuse_shared.privacy.accountant import epsilon_rdp, usable_delta
 from fedfuse_simulations.session import audit
 
+pytestmark = pytest.mark.slow
+
 EVALUATION = {"every": 2, "noise": 8.0}
 BUDGET = {"epsilon": 200.0}
 

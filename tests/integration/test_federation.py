@@ -23,7 +23,7 @@ from fedfuse_shared.parcel import unpack
 from fedfuse_shared.privacy.accountant import epsilon
 from fedfuse_simulations.engines.inline import InlineGrid
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 def leaves(federation, body_type):

@@ -11,7 +11,7 @@ from fedfuse_shared.ledger.log import kind_of, read_ledger
 from fedfuse_shared.ledger.records import Reservation
 from fedfuse_shared.messages import Step
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 def test_without_proven_gradients_no_site_trains_and_none_is_charged(tmp_path, monkeypatch, caplog):

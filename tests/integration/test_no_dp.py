@@ -9,7 +9,7 @@ from fedfuse_shared.config.base import Trust
 from fedfuse_shared.config.files import save_toml
 from fedfuse_simulations.session import audit
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 NONE = {"rounds": 2, "privacy": {"trust": "none"}}
 
 

@@ -15,6 +15,8 @@ from fedfuse_client.data.tensors import RecordTensors
 from fedfuse_shared.cli import main
 from fedfuse_shared.models import load_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -13,7 +13,7 @@ from fedfuse_shared.ledger.records import Policy
 from fedfuse_shared.messages import Step
 from fedfuse_simulations.session import audit
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 class Stopped(BaseException):

@@ -16,7 +16,7 @@ from fedfuse_shared.messages import Step
 from fedfuse_shared.privacy.accountant import epsilon
 from fedfuse_simulations.session import audit
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 class Stopped(BaseException):

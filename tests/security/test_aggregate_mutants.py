@@ -38,7 +38,7 @@ from fedfuse_shared.privacy import aggregate
 from fedfuse_shared.privacy.integer_noise import IntegerGaussian
 from fedfuse_shared.privacy.noise import NoiseSource
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 ALARM = 1e-9
 """False-alarm rate of every statistical decision below."""

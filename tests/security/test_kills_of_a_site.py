@@ -55,6 +55,8 @@ from fedfuse_shared.privacy.accountant import epsilon
 from fedfuse_shared.privacy.noise import NoiseSource
 from fedfuse_shared.secagg.quantise import quantise
 
+pytestmark = pytest.mark.slow
+
 SEED = 20261124
 FULL_ROUNDS = 3
 NEVER = 2**31

@@ -45,7 +45,7 @@ from fedfuse_shared.parcel import Parcel, pack
 from fedfuse_shared.privacy.noise import NoiseSource
 from fedfuse_shared.roster import Roster
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 class Source(Enum):

@@ -32,7 +32,7 @@ from fedfuse_shared.models import build_model
 from fedfuse_shared.offer import RoundPrivacy
 from fedfuse_shared.privacy.noise import NoiseSource
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 ALARM = 1e-9
 ROUGH = ALARM / 100

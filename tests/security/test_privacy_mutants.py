@@ -44,7 +44,7 @@ from fedfuse_shared.models import build_model, flatten, load_flat, model_hash, o
 from fedfuse_shared.offer import Offer, RoundPrivacy
 from fedfuse_shared.privacy.noise import NoiseSource
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 ALARM = 1e-9
 """False-alarm rate of every statistical decision below."""

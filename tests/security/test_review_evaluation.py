@@ -37,6 +37,8 @@ from fedfuse_shared.privacy.aggregate import share, share_deviation
 from fedfuse_shared.privacy.integer_noise import SMOOTH
 from fedfuse_shared.privacy.noise import NoiseSource
 
+pytestmark = pytest.mark.slow
+
 
 def policy_for(offer, folder, **changes):
     """Return the policy of an offer's first participant that allows it."""

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from support.data_folder import write_folder
 from support.ledgers import LedgerBuilder, codes, digest, head_of
@@ -24,6 +25,8 @@ from fedfuse_shared.ledger.verification import verify_ledger
 from fedfuse_shared.ledger.verification_budget import Budget
 from fedfuse_shared.privacy import accountant
 from fedfuse_shared.privacy.calibration import noise_multiplier
+
+pytestmark = pytest.mark.slow
 
 
 def policy_for(folder: Path, **changes) -> SitePolicy:

@@ -30,7 +30,7 @@ from fedfuse_shared.parcel import Parcel, pack, unpack
 from fedfuse_shared.privacy.accountant import epsilon, epsilon_rdp
 from fedfuse_shared.secagg.quantise import vector_length
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 FEDERATION = Federation.of(5)
 A, B, C, D, E = FEDERATION.names

@@ -36,7 +36,7 @@ from fedfuse_shared.secagg.quantise import average, vector_length
 from fedfuse_simulations import session
 from fedfuse_simulations.engines.inline import InlineGrid
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 def by_server(federation, body):

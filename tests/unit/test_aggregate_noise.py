@@ -12,6 +12,8 @@ from fedfuse_shared.privacy import aggregate
 from fedfuse_shared.privacy.integer_noise import LEAST_DEVIATION, SMOOTH, IntegerGaussian
 from fedfuse_shared.privacy.noise import NoiseSource
 
+pytestmark = pytest.mark.slow
+
 RANDOM = 20_240  # seeds of fixed designs, not of noise
 
 

@@ -27,6 +27,8 @@ from fedfuse_shared.models import MODALITIES, REGISTRY, build_model
 from fedfuse_shared.offer import RoundPrivacy
 from fedfuse_shared.privacy.noise import NoiseSource
 
+pytestmark = pytest.mark.slow
+
 SHIPPED = [(m, name) for m in MODALITIES for name in REGISTRY[m]]
 COUNT = 16
 

@@ -8,6 +8,8 @@ from fedfuse_client.gradient_modes import Microbatch
 from fedfuse_client.independence import check_independence, exchanged, splits
 from fedfuse_shared.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 COUNT, WIDTH, LENGTH = 8, 6, 5
 
 

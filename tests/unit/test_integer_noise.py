@@ -23,6 +23,8 @@ from fedfuse_shared.privacy.integer_noise import (
 )
 from fedfuse_shared.privacy.noise import NoiseSource
 
+pytestmark = pytest.mark.slow
+
 DRAWS = 400_000
 
 

@@ -19,6 +19,8 @@ from fedfuse_shared.config.model import EncoderConfig, Fusion, ModelConfig
 from fedfuse_shared.models import build_model, classifier
 from fedfuse_shared.privacy.noise import NoiseSource
 
+pytestmark = pytest.mark.slow
+
 SIZE = 8
 
 

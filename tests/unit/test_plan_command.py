@@ -18,6 +18,8 @@ from fedfuse_simulations.plan_command import plan
 from fedfuse_simulations.plan_population import from_folder, population
 from fedfuse_simulations.settings import complete
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--rounds", "2", "--epsilon", "20")
 """Few steps, and an epsilon that is accounted on the coarse grid: a calibration is then short."""
 SITES = ("--sites", "6", "--records", "300")

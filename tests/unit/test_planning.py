@@ -32,6 +32,8 @@ from fedfuse_shared.privacy.planning import (
     recommended,
 )
 
+pytestmark = pytest.mark.slow
+
 GIVEN = Schedule(rounds=40, steps_per_round=1, sampling_rate=0.5, expected_batch_size=128, clip=1.0)
 
 
