@@ -16,7 +16,7 @@ from fedfuse_shared.ledger.log import kind_of, read_ledger
 from fedfuse_shared.ledger.records import Close, Outcome, Reservation
 from fedfuse_simulations.session import audit
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 def reservations(home: RunHome) -> list[bytes]:

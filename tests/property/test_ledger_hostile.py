@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.federation import Federation
@@ -10,6 +11,8 @@ from support.ledgers import LedgerBuilder, head_of
 from fedfuse_shared.config.base import Trust
 from fedfuse_shared.ledger.records import Charge
 from fedfuse_shared.ledger.verification import verify_ledger
+
+pytestmark = pytest.mark.slow
 
 FEDERATION = Federation.of(3)
 HONEST = LedgerBuilder(FEDERATION).enrol()

@@ -33,6 +33,8 @@ from fedfuse_shared.ledger.records import FIRST_LINK, Charge, Receipt, Reservati
 from fedfuse_shared.offer import Offer, RoundPrivacy, Segment
 from fedfuse_shared.privacy.accountant import epsilon
 
+pytestmark = pytest.mark.slow
+
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 PUBLIC = KEY.public_key().public_bytes_raw()
 ONE_ROUND = Charge(sampling_rate=0.25, noise_multiplier=2.0, steps=4)

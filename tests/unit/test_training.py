@@ -23,6 +23,8 @@ from fedfuse_shared.models import MODALITIES, build_encoder, build_model, flatte
 from fedfuse_shared.offer import RoundPrivacy
 from fedfuse_shared.privacy.noise import CLIP_MARGIN, NoiseSource
 
+pytestmark = pytest.mark.slow
+
 FIXED = ("hashed-words", "oriented-gradients", "spectral-shape")
 TRAINED = ("text-conv", "image-conv", "audio-conv")
 WIDTHS = {"hashed-words": 64, "text-conv": 8, "image-conv": 8, "audio-conv": 8}
