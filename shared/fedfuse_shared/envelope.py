@@ -40,7 +40,7 @@ class GrownBody(Body):
         dumped: dict[str, Any] = whole(self)
         fields = type(self).model_fields
         for name in self.added:
-            if getattr(self, name) == fields[name].default:
+            if getattr(self, name) == fields[name].get_default(call_default_factory=True):
                 del dumped[name]
         return dumped
 

@@ -17,6 +17,8 @@ MAX_SITES: Final = 100
 """Most participants of one offer on the complete graph (sites)."""
 MAX_SPARSE_SITES: Final = 10_000
 """Most participants of one offer on a sparse graph, where a server is trusted not to lie (sites)."""
+MAX_OFFICERS: Final = 100
+"""Most coordinators, and most auditors, of a roster."""
 MIN_SITES: Final = 3
 """Fewest participants of one offer: with two, each learns the other's update from the sum (sites)."""
 MAX_SEGMENTS: Final = 256
@@ -44,6 +46,7 @@ MAX_TEXT: Final = 100_000
 
 # --- domain labels (RFC 8032 signatures, RFC 5869 info, SHA-256 prefixes): no two uses share one ----------
 LABEL_SIGNATURE: Final = b"fedfuse/v1/signature/"
+LABEL_COMMAND: Final = b"fedfuse/v1/command"
 LABEL_CONTEXT: Final = b"fedfuse/v1/context"
 LABEL_CHANNEL: Final = b"fedfuse/v1/channel"
 LABEL_MASK: Final = b"fedfuse/v1/mask"

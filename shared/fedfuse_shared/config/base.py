@@ -39,9 +39,14 @@ class Trust(StrEnum):
 SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 """Name of an enrolled site."""
 AuthorName = Annotated[
-    str, StringConstraints(pattern=r"^(@server|@operator|[A-Za-z0-9][A-Za-z0-9._-]{0,62})$")
+    str,
+    StringConstraints(
+        pattern=r"^(@server|@operator|(@coordinator/|@auditor/)?[A-Za-z0-9][A-Za-z0-9._-]{0,62})$"
+    ),
 ]
-"""Who signed: a site, or one of the two reserved names that no site can have."""
+"""Who signed: a site, or one of the reserved names that no site can have."""
+NodeKey = Annotated[str, StringConstraints(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/]{100,300}={0,2}$")]
+"""Public key of a site's connection (Flower's SuperNode) as OpenSSH writes it, without a comment."""
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """32 bytes in lower-case hexadecimal: a hash or a public key."""
 Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
@@ -53,3 +58,7 @@ Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0
 
 SERVER = "@server"
 OPERATOR = "@operator"
+COORDINATOR = "@coordinator/"
+"""What the name of a coordinator begins with."""
+AUDITOR = "@auditor/"
+"""What the name of an auditor begins with."""

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from fedfuse_shared import limits
+from fedfuse_shared.commands import Command, CommandRefusal
 from fedfuse_shared.config.base import Frozen, Hex32, Hex64, ShortText, SiteName, Trust
 from fedfuse_shared.config.federation import GraphKind
 from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate, Schedule
@@ -175,6 +176,14 @@ class Receipt(SiteLeaf):
     vector_hash: Hex32
 
 
+class Leave(SiteLeaf):
+    """A site's last word: it takes part in nothing any more; what it spent stays charged."""
+
+    kind: ClassVar[str] = "leave"
+
+    reason: ShortText
+
+
 class Outcome(StrEnum):
     """How an attempt ended."""
 
@@ -205,6 +214,18 @@ class Close(GrownBody):
 
 
 LEAF_TYPES: dict[str, type[Body]] = {
-    leaf.kind: leaf for leaf in (Roster, Policy, Offer, Reservation, Refusal, Receipt, Close)
+    leaf.kind: leaf
+    for leaf in (
+        Roster,
+        Command,
+        CommandRefusal,
+        Policy,
+        Offer,
+        Reservation,
+        Refusal,
+        Receipt,
+        Leave,
+        Close,
+    )
 }
 """Every kind a ledger may hold."""
