@@ -100,6 +100,7 @@ def _prepared(name: str) -> tuple[MultimodalClassifier, RecordTensors]:
     import soundfile
     import torch
     from PIL import Image
+    from threadpoolctl import threadpool_limits
 
     from fedfuse_client.data.cells import Record
     from fedfuse_client.data.tensors import RecordTensors
@@ -107,6 +108,7 @@ def _prepared(name: str) -> tuple[MultimodalClassifier, RecordTensors]:
     from fedfuse_shared.models import build_model
 
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's matrix products, which the sums of private training use
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     numbers, config = np.random.default_rng(0), _config(name)
     with tempfile.TemporaryDirectory() as folder:

@@ -37,6 +37,8 @@ class LayerGradients:
         self._model = model
         self._parameters = dict(model.named_parameters())
         self._uses: list[_Use] = []
+        self._rooms: dict[nn.Module, Tensor] = {}
+        """Where a linear layer's inputs are widened, kept from one microbatch to the next."""
         for layer in model.modules():
             if any(True for _ in layer.parameters(recurse=False)):
                 layer.register_forward_hook(self._watch)
@@ -50,6 +52,8 @@ class LayerGradients:
     def take(self, loss: Tensor) -> list[PerRecord]:
         """Return the gradients of a summed loss with respect to each parameter, in order, and forget the pass.
 
+        They are good until the next call, which uses their memory again.
+
         Raises:
             NotImplementedError: a layer of a kind there is no rule for, or a parameter outside the layers.
         """
@@ -62,7 +66,7 @@ class LayerGradients:
         found: dict[int, PerRecord] = {}
         for use, left in zip(uses, lefts, strict=True):
             once = all(calls[id(parameter)] == 1 for parameter in use.layer.parameters(recurse=False))
-            for key, each in _by_rule(use, left, factored=once).items():
+            for key, each in self._by_rule(use, left, factored=once).items():
                 known = found.get(id(key))
                 if isinstance(known, Dense) and isinstance(each, Dense):
                     found[id(key)] = Dense(known.rows + each.rows)
@@ -73,18 +77,24 @@ class LayerGradients:
             raise NotImplementedError(f"no layer was seen to use {missing[0]}")
         return [found[id(parameter)] for parameter in self._parameters.values()]
 
+    def _by_rule(self, use: _Use, left: Tensor, *, factored: bool) -> dict[Tensor, PerRecord]:
+        layer = use.layer
+        if factored and type(layer) is nn.Linear and left.dim() == 2:
+            made: dict[Tensor, PerRecord] = {layer.weight: Factored(left, use.given, self._room(use))}
+            if layer.bias is not None:
+                made[layer.bias] = Dense(left)
+            return made
+        rule = GradSampleModule.GRAD_SAMPLERS.get(type(layer))
+        if rule is None:
+            raise NotImplementedError(f"no rule for the layer {type(layer).__name__}")
+        return {parameter: Dense(rows) for parameter, rows in rule(layer, [use.given], left).items()}
+
+    def _room(self, use: _Use) -> Tensor:
+        rows, columns = use.given.shape
+        room = self._rooms.get(use.layer)
+        if room is None or len(room) < rows or room.shape[1] != columns:
+            room = self._rooms[use.layer] = torch.empty(rows, columns, dtype=torch.float64)
+        return room[:rows]
+
     def _watch(self, layer: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         self._uses.append(_Use(layer, given[0].detach(), output))
-
-
-def _by_rule(use: _Use, left: Tensor, *, factored: bool) -> dict[Tensor, PerRecord]:
-    layer = use.layer
-    if factored and type(layer) is nn.Linear and left.dim() == 2:
-        made: dict[Tensor, PerRecord] = {layer.weight: Factored(left, use.given)}
-        if layer.bias is not None:
-            made[layer.bias] = Dense(left)
-        return made
-    rule = GradSampleModule.GRAD_SAMPLERS.get(type(layer))
-    if rule is None:
-        raise NotImplementedError(f"no rule for the layer {type(layer).__name__}")
-    return {parameter: Dense(rows) for parameter, rows in rule(layer, [use.given], left).items()}
