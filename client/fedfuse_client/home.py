@@ -41,6 +41,26 @@ class SiteHome:
         """The site's durable store."""
         return self.root / "store.db"
 
+    @property
+    def connection(self) -> Path:
+        """Where the server is."""
+        return self.root / "connection.toml"
+
+    @property
+    def node_key(self) -> Path:
+        """The key that opens the connection; unlike the site's own it signs nothing that counts."""
+        return self.root / "node.key"
+
+    @property
+    def authority(self) -> Path:
+        """The certificate authority that the server's certificate comes from."""
+        return self.root / "ca.crt"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of what `fedfuse site run` and its SuperNode write."""
+        return self.root / "logs"
+
     def initialise(self) -> str:
         """Make the folder, the site's key and its empty store, and return the key's public half in hexadecimal.
 

@@ -42,10 +42,12 @@ class Learner:
 
     Args:
         policy: Names the data folder and the values of the manifest's site column that belong to this site.
+        threads: Threads that torch may use; left out, as many as the process was given.
     """
 
-    def __init__(self, policy: SitePolicy) -> None:
+    def __init__(self, policy: SitePolicy, *, threads: int | None = None) -> None:
         self._policy = policy
+        self._threads = threads
         self._rows: tuple[Dataset, tuple[Record, ...]] | None = None
         self._identifier: str | None = None
         self._model: MultimodalClassifier | None = None
@@ -189,8 +191,12 @@ class Learner:
         )
 
     def _model_for(self, offer: Offer) -> MultimodalClassifier:
+        from torch import get_num_threads, set_num_threads  # noqa: PLC0415
+
         from fedfuse_shared.models import build_model  # noqa: PLC0415 - imports torch
 
+        if self._threads is not None and get_num_threads() != self._threads:
+            set_num_threads(self._threads)
         if self._model is None or self._model.config != offer.model:
             self._model = build_model(offer.model, 0)  # its weights are replaced by the offer's
         return self._model

@@ -49,16 +49,24 @@ class _Stored(Frozen):
 
 
 class Site:
-    """One site of one federation, as its messages are answered."""
+    """One site of one federation, as its messages are answered.
 
-    def __init__(self, home: SiteHome, clock: Callable[[], float] = time.time) -> None:
+    Args:
+        home: Its folder.
+        clock: Seconds since 1970.
+        threads: Threads that torch may use; left out, as many as the process was given.
+    """
+
+    def __init__(
+        self, home: SiteHome, clock: Callable[[], float] = time.time, *, threads: int | None = None
+    ) -> None:
         self._clock = clock
         self._policy = home.load_policy()
         self._me = home.load_identity(self._policy)
         self._store = home.open_store()
         self._chain = self._store.chain(self._policy.federation, self._policy.site)
-        self._learner = Learner(self._policy)
-        self._erase_expired()
+        self._learner = Learner(self._policy, threads=threads)
+        self.erase_expired()
 
     def close(self) -> None:
         """Let go of the store, so that another process can have it."""
@@ -69,7 +77,7 @@ class Site:
         body, vector, problem = b"", b"", ""
         leaves: tuple[bytes, ...] = ()
         try:
-            self._erase_expired()
+            self.erase_expired()
             if step is Step.HELLO:
                 body = self._introduce(parcel)
             elif step is not Step.SETTLE:
@@ -207,8 +215,8 @@ class Site:
         stored = canonical(_Stored(offer=offer, session=session.state))
         self._store.save_step(session.state.context, step.value, stored, reply, expires=expires)
 
-    def _erase_expired(self) -> None:
-        """Erase the secrets of attempts whose deadline has passed, before anything else is done."""
+    def erase_expired(self) -> bool:
+        """Erase the secrets of attempts whose deadline has passed, and return whether other attempts' are left."""
         longest = self._policy.max_lifetime + _CLOCK_STEP
         for context in self._store.erase_expired(self._clock(), longest=longest):
             log.warning(
@@ -216,6 +224,7 @@ class Site:
                 self._policy.site,
                 context[:16],
             )
+        return bool(self._store.stored_contexts())
 
     def _load(self, context: str) -> _Stored:
         found = self._store.load_state(context)

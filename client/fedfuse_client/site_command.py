@@ -50,6 +50,26 @@ def budget(
 
 
 @app.command()
+def run(
+    folder: Folder,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No encryption; only to a server on this machine, for trials.")
+    ] = False,
+    json_logs: Annotated[
+        bool, typer.Option("--json-logs", help="Show one JSON object per event, for a log collector.")
+    ] = False,
+) -> None:
+    """Take part: answer the server's messages until told to end (SIGTERM, or Ctrl-C).
+
+    Messages are answered by the fedfuse that is installed here, within policy.toml; nothing that a server sends is
+    ever executed. An edited policy.toml holds from the next message on.
+    """
+    from fedfuse_client.run_command import run_site
+
+    run_site(folder, insecure=insecure, json_logs=json_logs)
+
+
+@app.command()
 def code() -> None:
     """Print the hash of the fedfuse code installed here, for `code` in policy.toml.
 

@@ -1,0 +1,270 @@
+"""The tasks of Flower's SuperNode, as its Runtime API hands them out under process isolation (Flower 1.41).
+
+The SuperNode fetched whatever the server sent: every answer of this API is taken for the server's own words. Nothing
+is executed or unpacked here but records of numbers, text and bytes, within limits checked before they are built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from threading import Lock
+from typing import Final
+
+import httpx
+from flwr.app import Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import SubStatus
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushAppMessagesRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.constant import TASK_TOKEN_HEADER, TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_head_values_from_object_content,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+    validate_object_content,
+)
+from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.runtime import RuntimeHttpClient
+
+from fedfuse_shared import limits
+from fedfuse_shared.config.base import SERVER
+from fedfuse_shared.errors import ProtocolError
+
+_ACQUIRE: Final = "/flwr.proto.Runtime/AcquireTask"
+_MAX_OBJECTS: Final = 1024
+"""Most objects of one message: the longest vector has 205 chunks, and a handful of records around them."""
+_MAX_BYTES: Final = 4 * limits.MAX_VECTOR + 2 * limits.MAX_MESSAGE
+"""Most bytes of one message to a site."""
+_MAX_BODY: Final = {
+    "Message": 2**16,
+    "RecordDict": 2**16,
+    "ArrayRecord": 2**16,
+    "Array": 2**16,
+    "ConfigRecord": 2 * limits.MAX_MESSAGE,
+    "ArrayChunk": _MAX_BYTES,
+}
+"""Kinds of objects a message to a site is made of, and the most bytes of each before it is decoded."""
+
+
+class _Token:
+    """Adds the token of the task in hand to every request but the one that asks for a task."""
+
+    def __init__(self) -> None:
+        self.token = ""
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        if self.token and context.rpc_method != _ACQUIRE:
+            context.request.headers[TASK_TOKEN_HEADER] = self.token
+        return call_next(context)
+
+
+class Tasks:
+    """The queue of one running SuperNode.
+
+    Args:
+        address: Where its Runtime API listens, on this machine.
+        secret: What it shares with whoever may take tasks.
+    """
+
+    def __init__(self, address: str, secret: bytes) -> None:
+        self._token = _Token()
+        signing = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=(_ACQUIRE,))
+        self._client = RuntimeHttpClient.from_server_address(
+            server_address=address,
+            insecure=True,
+            root_certificates=None,
+            interceptors=[signing, self._token],
+        )
+
+    def acquire(self) -> Task | None:
+        """Return the oldest task that is a message to a ClientApp; no other kind is ever taken.
+
+        Raises:
+            httpx.HTTPError: the SuperNode is not there, or refuses.
+        """
+        answer = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+        if not answer.HasField("task") or not answer.token or answer.task.type != TaskType.CLIENT_APP:
+            return None
+        self._token.token = answer.token
+        given = self._client.PullTaskInput(PullTaskInputRequest())
+        bundle = hashlib.sha256(given.fab.content).hexdigest()
+        pulled = self._client.PullMessages(PullAppMessagesRequest())
+        if not pulled.messages_list or not pulled.message_object_trees:
+            self._client.PushTaskOutput(
+                PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="no message came with the task")
+            )
+            return None
+        message = message_from_proto(pulled.messages_list[0])
+        tree = pulled.message_object_trees[0]
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        return Task(self._client, bundle, message, tree)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._client.close()
+
+
+class Task:
+    """One message to answer; the SuperNode waits until there is a reply.
+
+    Attributes:
+        bundle: Hash of the app bundle the message was sent with (SHA-256, hexadecimal), computed here.
+        message: The message's metadata, as the server wrote them; its content is :meth:`content`.
+    """
+
+    def __init__(self, client: RuntimeHttpClient, bundle: str, message: Message, tree: ObjectTree) -> None:
+        self.bundle = bundle
+        self.message = message
+        self._client = client
+        self._tree = tree
+        self._run = message.metadata.run_id
+        self._node = Node(node_id=message.metadata.dst_node_id)
+        self._reply = ""
+        self._heartbeat = HeartbeatSender(self._beat)
+        self._heartbeat.start()
+
+    def content(self) -> RecordDict:
+        """Return the message's records.
+
+        Raises:
+            ProtocolError: they are too many, too large, or malformed.
+            httpx.HTTPError: the SuperNode is gone.
+        """
+        wanted = list(dict.fromkeys(tree.object_id for tree in iterate_object_tree(self._tree)))
+        if len(wanted) > _MAX_OBJECTS:
+            raise ProtocolError(f"sent a message of more than {_MAX_OBJECTS} objects", who=SERVER)
+        contents = _Bounded(self._client, self._node, self._run).pull(wanted)
+        try:
+            _check(contents)
+            message = inflate_object_from_contents(self._tree.object_id, contents)
+        except ProtocolError:
+            raise
+        except Exception as problem:  # Flower's decoders raise whatever bad input makes Python raise
+            raise ProtocolError("sent a message that cannot be read", who=SERVER) from problem
+        if not isinstance(message, Message) or not message.has_content():
+            raise ProtocolError("sent a message without content", who=SERVER)
+        return message.content
+
+    def reply(self, answer: RecordDict | Error) -> None:
+        """Hand the reply to the SuperNode.
+
+        Raises:
+            httpx.HTTPError: the SuperNode is gone.
+        """
+        # The message is dropped from the SuperNode's memory whether or not its content was looked at.
+        self._client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=self._node, run_id=self._run, message_object_id=self._tree.object_id
+            )
+        )
+        reply = Message(answer, reply_to=self.message)
+        reply.metadata.__dict__["_message_id"] = self._reply = reply.object_id
+        with no_object_id_recompute():
+            pushed = self._client.PushMessages(
+                PushAppMessagesRequest(
+                    messages_list=[message_to_proto(remove_content_from_message(reply))],
+                    message_object_trees=[get_object_tree(reply)],
+                )
+            )
+            push_objects(
+                get_all_nested_objects(reply),
+                make_push_object_fn_protobuf(
+                    self._client.PushObject, self._node, run_id=self._run, session_id=pushed.session_id
+                ),
+                object_ids_to_push=set(pushed.objects_to_push),
+            )
+
+    def is_sent(self) -> bool:
+        """Return whether the SuperNode has sent the reply on, or given it up.
+
+        Raises:
+            httpx.HTTPError: the SuperNode is gone.
+        """
+        found = self._client.PullObject(
+            PullObjectRequest(node=self._node, run_id=self._run, object_id=self._reply)
+        )
+        return not found.object_found
+
+    def finish(self) -> None:
+        """End the task; nothing of it is kept, so the run's context stays as the SuperNode made it.
+
+        Raises:
+            httpx.HTTPError: the SuperNode is gone.
+        """
+        self.drop()
+        self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED))
+
+    def drop(self) -> None:
+        """Stop saying that the task is worked on; the SuperNode then replies itself, after a while."""
+        if self._heartbeat.is_running:
+            self._heartbeat.stop()
+
+    def _beat(self) -> bool:
+        try:
+            self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+        except httpx.TransportError:
+            return False  # tried again; whether the SuperNode is gone for good shows when the reply is handed over
+        except httpx.HTTPStatusError:
+            return True  # it counts the task as ended: nothing to be kept alive
+        return True
+
+
+class _Bounded:
+    """Pulls objects until there are too many bytes."""
+
+    def __init__(self, client: RuntimeHttpClient, node: Node, run: int) -> None:
+        self._client = client
+        self._node = node
+        self._run = run
+        self._room = _MAX_BYTES
+        self._lock = Lock()  # Flower pulls in several threads
+
+    def pull(self, wanted: list[str]) -> dict[str, bytes]:
+        return pull_objects(wanted, self._one)
+
+    def _one(self, identifier: str) -> bytes:
+        answer = self._client.PullObject(
+            PullObjectRequest(node=self._node, run_id=self._run, object_id=identifier)
+        )
+        if not answer.object_found or not answer.object_available:
+            raise ProtocolError("sent a message of which a part is missing", who=SERVER)
+        with self._lock:
+            self._room -= len(answer.object_content)
+            if self._room < 0:
+                raise ProtocolError(f"sent a message of more than {_MAX_BYTES} bytes", who=SERVER)
+        return answer.object_content
+
+
+def _check(contents: dict[str, bytes]) -> None:
+    """Refuse objects that would grow when decoded; an array may name the same chunk any number of times."""
+    total = 0
+    for content in contents.values():
+        validate_object_content(content)
+        kind, children, length = get_object_head_values_from_object_content(content)
+        if length > _MAX_BODY.get(kind, -1):
+            raise ProtocolError(f"sent an object of kind {kind[:20]} that no message needs", who=SERVER)
+        if kind == "Array":
+            chunks = json.loads(content[len(content) - length :])["arraychunk_ids"]
+            total += sum(len(contents[children[index]]) for index in chunks)
+            if total > _MAX_BYTES:
+                raise ProtocolError(f"sent arrays of more than {_MAX_BYTES} bytes", who=SERVER)
