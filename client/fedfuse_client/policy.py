@@ -24,9 +24,9 @@ from fedfuse_shared.secagg.bounds import Bounds
 from fedfuse_shared.secagg.graph import COMPLETE
 from fedfuse_shared.secagg.ring import most_counted, wraps
 
-_KEPT_AT_SITE: Final = frozenset({"data", "dataset_sites", "modalities"})
+_KEPT_AT_SITE: Final = frozenset({"data", "dataset_sites", "modalities", "warm"})
 # Where the data lies and which modalities a site has must not be published, not even inside a hash: so few values
-# are possible that whoever sees the hash of one finds it by trying them all.
+# are possible that whoever sees the hash of one finds it by trying them all. How processes are used bounds nothing.
 
 
 class SitePolicy(Frozen):
@@ -90,6 +90,8 @@ class SitePolicy(Frozen):
     def hash(self) -> str:
         """Return the hash of what is published of this policy (SHA-256, hexadecimal)."""
         published = self.model_dump(mode="json", exclude=set(_KEPT_AT_SITE))
+        if not self.bundles:  # a policy from before they could be listed has the hash it had
+            del published["bundles"]
         return hashlib.sha256(limits.LABEL_POLICY + canonical(published)).hexdigest()
 
     def leaf(self, seq: int, prev: str) -> records.Policy:
