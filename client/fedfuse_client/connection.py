@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import StringConstraints
 
 from fedfuse_shared.config.base import Frozen
 from fedfuse_shared.config.files import load_toml
-
-Address = Annotated[
-    str, StringConstraints(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*):[0-9]{1,5}$")
-]
-"""A host name or address (version 6 in brackets) and a port."""
+from fedfuse_shared.enrolment import Address
 
 
 class Connection(Frozen):

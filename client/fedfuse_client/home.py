@@ -52,6 +52,11 @@ class SiteHome:
         return self.root / "node.key"
 
     @property
+    def request(self) -> Path:
+        """What is sent to the operator, so that the site is enrolled; nothing in it is secret."""
+        return self.root / "request.json"
+
+    @property
     def authority(self) -> Path:
         """The certificate authority that the server's certificate comes from."""
         return self.root / "ca.crt"

@@ -177,7 +177,9 @@ def test_the_leaf_says_what_the_file_says(policy: SitePolicy) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"data": "elsewhere"}, {"modalities": ["audio"]}, {"dataset_sites": ["a"]}], ids=str
+    "changes",
+    [{"data": "elsewhere"}, {"modalities": ["audio"]}, {"dataset_sites": ["a"]}, {"warm": False}],
+    ids=str,
 )
 def test_nothing_published_depends_on_what_stays_at_the_site(tmp_path: Path, changes: dict[str, Any]) -> None:
     before = load_policy(write(tmp_path))
@@ -210,8 +212,9 @@ def test_every_other_key_changes_the_hash(tmp_path: Path) -> None:
         "models": ["c" * 64],
         "code": ["d" * 64],
         "plans": [PLAN],
+        "bundles": ["e" * 64],
     }
-    assert set(changed) == set(SitePolicy.model_fields) - {"data", "dataset_sites", "modalities"}
+    assert set(changed) == set(SitePolicy.model_fields) - {"data", "dataset_sites", "modalities", "warm"}
     hashes = {load_policy(write(tmp_path, **{key: value})).hash() for key, value in changed.items()}
     assert len(hashes | {load_policy(write(tmp_path)).hash()}) == len(changed) + 1
 
