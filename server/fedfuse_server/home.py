@@ -78,6 +78,11 @@ class RunHome:
         return self.root / "server" / "server.key"
 
     @property
+    def commands(self) -> Path:
+        """Where signed commands wait for the running server."""
+        return self.root / "server" / "commands"
+
+    @property
     def state(self) -> Path:
         """The server's state between rounds."""
         return self.root / "server" / "state.safetensors"
