@@ -16,7 +16,15 @@ from flwr.serverapp import Grid
 from fedfuse_server.attempt import Attempt
 from fedfuse_server.attendance import Attendance
 from fedfuse_server.books import Books
-from fedfuse_server.events import RoundAbandoned, RoundOpened, RoundStarted, RunStopped, SitesOut, tell
+from fedfuse_server.events import (
+    RoundAbandoned,
+    RoundOpened,
+    RoundStarted,
+    RunStopped,
+    SitesOut,
+    SitesThere,
+    tell,
+)
 from fedfuse_server.exchange import Exchange
 from fedfuse_server.home import RunHome, ServerState
 from fedfuse_server.optimiser import GlobalModel
@@ -124,6 +132,11 @@ class Coordinator:
             self._books.sign(self._aborted(offer, "the server was stopped during this attempt"))
         self._books.checkpoint()
 
+    @property
+    def round(self) -> int:
+        """The last round that was opened."""
+        return self._state.round
+
     def run(self) -> None:
         """Run the planned rounds; stops early where too few sites are left, with the last opened model standing.
 
@@ -161,6 +174,7 @@ class Coordinator:
             tell(SitesOut(tuple(sorted(self._books.out))))
             if self._excluded is not None:
                 self._excluded(self._books.out)
+        tell(SitesThere(tuple(sorted(self._there.nodes.keys() - self._books.out))))
 
     def _least(self) -> int:
         """Return the fewest sites the configured bounds allow a round with."""

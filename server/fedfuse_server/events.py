@@ -69,13 +69,29 @@ class SitesAwaited:
 
 
 @dataclass(frozen=True)
+class SitesThere:
+    """Who is there, before an attempt."""
+
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SitesOut:
     """Sites are out for good: they left, or a coordinator revoked them."""
 
     sites: tuple[str, ...]
 
 
-Event = SitesAwaited | SitesOut | RoundStarted | SiteLeftOut | RoundOpened | RoundAbandoned | RunStopped
+Event = (
+    SitesAwaited
+    | SitesThere
+    | SitesOut
+    | RoundStarted
+    | SiteLeftOut
+    | RoundOpened
+    | RoundAbandoned
+    | RunStopped
+)
 Observer = Callable[[Event], None]
 
 _observer: ContextVar[Observer | None] = ContextVar("fedfuse_observer", default=None)
