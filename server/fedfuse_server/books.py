@@ -10,6 +10,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedfuse_shared import limits
+from fedfuse_shared.commands import Action, Command, CommandRefusal, hash_of
 from fedfuse_shared.config.base import SERVER
 from fedfuse_shared.envelope import Body, Envelope, decode, encode, seal, verify
 from fedfuse_shared.errors import ProtocolError
@@ -17,6 +18,7 @@ from fedfuse_shared.ledger.log import LedgerWriter, kind_of, read_ledger
 from fedfuse_shared.ledger.records import (
     FIRST_LINK,
     Close,
+    Leave,
     Policy,
     Receipt,
     Refusal,
@@ -27,7 +29,11 @@ from fedfuse_shared.ledger.records import (
 from fedfuse_shared.offer import Offer
 from fedfuse_shared.roster import Roster
 
-SITE_LEAVES: dict[str, type[SiteLeaf]] = {leaf.kind: leaf for leaf in (Policy, Reservation, Refusal, Receipt)}
+SITE_LEAVES: dict[str, type[SiteLeaf]] = {
+    leaf.kind: leaf for leaf in (Policy, Reservation, Refusal, Receipt, Leave)
+}
+
+_OFFICIAL: dict[str, type[Body]] = {leaf.kind: leaf for leaf in (Offer, Close, Command, CommandRefusal)}
 
 POLICIES = 20
 """Policies a site may publish beyond one for every offer made to it."""
@@ -37,7 +43,8 @@ class Books:
     """One federation's ledger, open for writing.
 
     Every site's leaves are checked before they are appended: signature, contiguous sequence, link to the leaf
-    before. A site that shows two different leaves with one sequence number was cloned or rolled back.
+    before. A site that shows two different leaves with one sequence number was cloned or rolled back. Its ``Leave``
+    is the last: what it was charged for before has a smaller number, and so is on the ledger by then.
     """
 
     def __init__(self, path: Path, roster: Roster, key: Ed25519PrivateKey) -> None:
@@ -57,6 +64,18 @@ class Books:
         """Offers that have no close yet, by context."""
         self.attempts: Counter[int] = Counter()
         """Highest attempt offered for each round."""
+        self.left: set[str] = set()
+        """Sites whose last leaf says that they left."""
+        self.revoked: set[str] = set()
+        """Sites that a coordinator revoked."""
+        self.plan: str | None = None
+        """The plan of the last command to run."""
+        self.given: set[str] = set()
+        """Hashes of all commands that were carried out."""
+        self.nonces: set[tuple[str, str]] = set()
+        """Authors and nonces of the same."""
+        self.refused: set[str] = set()
+        """Hashes of all commands that were refused."""
         self._log = LedgerWriter(path)  # heals a torn last line before anything is read
         for entry in read_ledger(path):
             self._recall(entry.raw, str(path))
@@ -67,10 +86,8 @@ class Books:
         if kind in SITE_LEAVES:
             envelope = decode(raw, SITE_LEAVES[kind], who=who)
             self._accept(envelope)
-        elif kind == Offer.kind:
-            self._note(decode(raw, Offer, who=who))
-        elif kind == Close.kind:
-            self._note(decode(raw, Close, who=who))
+        elif kind in _OFFICIAL:
+            self._note(decode(raw, _OFFICIAL[kind], who=who))
 
     def _note(self, envelope: Envelope[Any]) -> None:
         body = envelope.body
@@ -80,6 +97,20 @@ class Books:
             self.attempts[body.round] = max(self.attempts[body.round], body.attempt)
         elif isinstance(body, Close):
             self.standing.pop(body.context, None)
+        elif isinstance(body, Command):
+            self.given.add(hash_of(envelope))
+            self.nonces.add((envelope.author, body.nonce))
+            if body.action is Action.RUN:
+                self.plan = body.plan_hash
+            elif body.site is not None:
+                self.revoked.add(body.site)
+        elif isinstance(body, CommandRefusal):
+            self.refused.add(body.command)
+
+    @property
+    def out(self) -> set[str]:
+        """Sites that are asked nothing any more."""
+        return self.left | self.revoked
 
     @property
     def empty(self) -> bool:
@@ -130,6 +161,12 @@ class Books:
                 continue
             if envelope.body.seq != known + 1 or envelope.body.prev != last:
                 raise ProtocolError(f"sent a leaf that does not continue its chain at {known}", who=site)
+            if site in self.left or any(isinstance(leaf.body, Leave) for leaf in fresh):
+                raise ProtocolError(
+                    "wrote on after it left",
+                    who=site,
+                    advice="a site that left is enrolled anew, under a new name",
+                )
             self._check_attempt(envelope, fresh)
             verify(envelope, self._roster.key_of(site))
             last = here
@@ -154,6 +191,8 @@ class Books:
 
         A site may change its policy, but not without bound: everybody keeps and audits every leaf.
         """
+        if isinstance(envelope.body, Leave):
+            return
         key = _attempt_of(envelope)
         if key is None:
             site = envelope.author
@@ -177,6 +216,8 @@ class Books:
         self._links[site].append(link(envelope))
         self._heads[site] = encode(envelope)
         self._policies[site] += isinstance(envelope.body, Policy)
+        if isinstance(envelope.body, Leave):
+            self.left.add(site)
         key = _attempt_of(envelope)
         if key is not None:
             self._written.add(key)

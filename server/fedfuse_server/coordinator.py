@@ -9,61 +9,115 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
 
 from flwr.serverapp import Grid
 
 from fedfuse_server.attempt import Attempt
+from fedfuse_server.attendance import Attendance
 from fedfuse_server.books import Books
-from fedfuse_server.events import RoundAbandoned, RoundOpened, RoundStarted, RunStopped, SiteLeftOut, tell
+from fedfuse_server.events import (
+    RoundAbandoned,
+    RoundOpened,
+    RoundStarted,
+    RunStopped,
+    SitesOut,
+    SitesThere,
+    tell,
+)
 from fedfuse_server.exchange import Exchange
 from fedfuse_server.home import RunHome, ServerState
 from fedfuse_server.optimiser import GlobalModel
-from fedfuse_server.plan import Plan, evaluation, resolve
+from fedfuse_server.orders import Orders
+from fedfuse_server.plan import Plan, bounds_for, evaluation, plan_hash, resolve
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import SERVER, Trust
-from fedfuse_shared.envelope import decode, encode, seal, verify
-from fedfuse_shared.errors import ConfigError, ProtocolError, RoundAborted, VerificationError, WrongDealer
+from fedfuse_shared.envelope import decode, encode, seal
+from fedfuse_shared.errors import ConfigError, RoundAborted, WrongDealer
 from fedfuse_shared.evaluation import summarise, tally
 from fedfuse_shared.ledger.records import Close, Outcome
-from fedfuse_shared.messages import Hello, Introduction, Step
 from fedfuse_shared.models import build_model, flatten, layout, model_hash
 from fedfuse_shared.offer import Offer
-from fedfuse_shared.parcel import Parcel
 from fedfuse_shared.secagg.quantise import average
 from fedfuse_shared.secagg.server import ServerSession
 
 MAX_ATTEMPTS = 3
 """Attempts at one round before the run stops; every attempt is charged to the sites that trained in it."""
 
-MAX_PAGES = 100
-"""Most pages of leaves collected from a site at once: a hostile one could write on for ever; the rest comes later."""
+Excluded = Callable[[set[str]], None]
+"""Told of sites that are out, so that they cannot even connect."""
 
 
 class Coordinator:
-    """The server of one run."""
+    """The server of one run.
 
-    def __init__(self, grid: Grid, home: RunHome) -> None:
+    Args:
+        grid: Flower's Grid: in-process, Ray or a SuperLink.
+        home: The run's folder.
+        command: A coordinator's signed command to run this plan; needed where the roster names coordinators, unless
+            the ledger has one of this plan.
+        wait: Seconds to wait for sites that are missing; None: whoever is there now is all there will be.
+        excluded: Told of sites that are out.
+
+    Raises:
+        CommandRefused: the command's author may not give it; the refusal is on the ledger.
+        ConfigError: the settings are wrong, or nobody who may ordered this plan.
+        StateError: a file of the run cannot be used.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        home: RunHome,
+        *,
+        command: bytes | None = None,
+        wait: float | None = None,
+        excluded: Excluded | None = None,
+    ) -> None:
         self._home = home
         self._config = resolve(home.load_config())
         self._enrolment = home.load_roster()
         self._roster = self._enrolment.body
         self._key = home.load_key()
-        self._exchange = Exchange(grid, self._config.performance.exchange_timeout)
-        self._grid = grid
-        model = build_model(self._config.model, self._config.seed)
-        if home.state.exists():
-            self._state = ServerState.load(home.state)
-        else:
-            self._state = ServerState(secrets.token_hex(8), 0, GlobalModel(flatten(model)))
-            self._state.save(home.state)
-        self._plan = Plan(self._state.run, self._config, self._roster, layout(model))
-        self._nodes: dict[str, int] = {}
-        self._out: set[str] = set()
-        """Sites that refused: they are not asked again in this run."""
+        self._wait = wait
+        self._excluded = excluded
         self._books = Books(home.ledger, self._roster, self._key)
-        if self._books.empty:
-            self._books.append(self._enrolment)
-        self._recover()
+        try:
+            if self._books.empty:
+                self._books.append(self._enrolment)
+            self._orders = Orders(self._books, self._roster, home.commands)
+            self._check_order(command)
+            self._exchange = Exchange(grid, self._config.performance.exchange_timeout)
+            model = build_model(self._config.model, self._config.seed)
+            if home.state.exists():
+                self._state = ServerState.load(home.state)
+            else:
+                self._state = ServerState(secrets.token_hex(8), 0, GlobalModel(flatten(model)))
+                self._state.save(home.state)
+            self._plan = Plan(self._state.run, self._config, self._roster, layout(model))
+            self._out: set[str] = set()
+            """Sites that refused: they are not asked again in this run."""
+            self._shown: set[str] = set()
+            """Sites of which it was told that they are out."""
+            self._there = Attendance(
+                grid, self._exchange, self._roster, self._books, self._key, self._state.run
+            )
+            self._recover()
+        except BaseException:
+            self._books.close()
+            raise
+
+    def _check_order(self, command: bytes | None) -> None:
+        """Carry out a command to run; without one, see that the ledger has one, where the roster asks for it."""
+        if command is not None:
+            self._orders.give(command)
+        planned = plan_hash(self._config, len(self._roster.sites))
+        if self._roster.coordinators and self._books.plan != planned:
+            raise ConfigError(
+                "no coordinator ordered this plan",
+                who=str(self._home.config),
+                advice="start it with `fedfuse server run HOME --as coordinator.key`",
+            )
 
     def _recover(self) -> None:
         """Finish what an earlier process of this run left unfinished; what sites were charged stays charged."""
@@ -78,6 +132,11 @@ class Coordinator:
             self._books.sign(self._aborted(offer, "the server was stopped during this attempt"))
         self._books.checkpoint()
 
+    @property
+    def round(self) -> int:
+        """The last round that was opened."""
+        return self._state.round
+
     def run(self) -> None:
         """Run the planned rounds; stops early where too few sites are left, with the last opened model standing.
 
@@ -86,58 +145,47 @@ class Coordinator:
         """
         try:
             self._meet()
+            if len(self._there.nodes) < limits.MIN_SITES:
+                raise ConfigError(
+                    f"{len(self._there.nodes)} enrolled sites answered, secure aggregation needs at least "
+                    f"{limits.MIN_SITES}",
+                    advice="start more sites, or look at the sites' logs",
+                )
             for number in range(self._state.round + 1, self._config.rounds + 1):
                 if not self._round(number):
                     break
-            self._settle()
+            self._there.settle()
         finally:
             self._books.checkpoint()
             self._books.close()
 
     # --- before and after the rounds ------------------------------------------------------------------------
     def _meet(self) -> None:
-        """Ask every node which site it is; only a site's own signature over a fresh nonce is believed."""
-        nonce = secrets.token_hex(32)
-        hello = Hello(federation=self._config.federation, run=self._state.run, nonce=nonce)
-        body = encode(seal(hello, SERVER, self._key))
-        asked = {node: Parcel(body=body) for node in self._grid.get_node_ids()}
-        for node, answer in self._exchange.ask(Step.HELLO, asked, "hello").items():
-            try:
-                if isinstance(answer, ProtocolError):
-                    raise answer
-                if answer.problem:
-                    raise ProtocolError(answer.problem, who=f"node {node}")
-                reply = decode(answer.body, Introduction, who=f"node {node}")
-                if reply.author in self._nodes or reply.body.model_dump() != hello.model_dump():
-                    raise ProtocolError("introduced itself wrongly or twice", who=reply.author)
-                verify(reply, self._roster.key_of(reply.author))
-                self._nodes[reply.author] = node
-            except (ProtocolError, VerificationError) as problem:
-                tell(SiteLeftOut(0, problem.who or f"node {node}", Step.HELLO.value, problem.message))
-        if len(self._nodes) < limits.MIN_SITES:
-            raise ConfigError(
-                f"{len(self._nodes)} enrolled sites answered, secure aggregation needs at least {limits.MIN_SITES}",
-                advice="start more sites, or look at the sites' logs",
-            )
-        self._settle()
+        """Carry out what was ordered meanwhile, and see who is there."""
+        self._there.gather(self._wait, self._least(), lambda: self._out)
+        before = len(self._books.given)
+        self._orders.take_waiting()  # refusals are logged there
+        if len(self._books.given) != before:
+            self._there.settle(
+                sorted(self._books.revoked)
+            )  # what they were charged for belongs on the ledger
+        if self._books.out - self._shown:
+            self._shown |= self._books.out
+            tell(SitesOut(tuple(sorted(self._books.out))))
+            if self._excluded is not None:
+                self._excluded(self._books.out)
+        tell(SitesThere(tuple(sorted(self._there.nodes.keys() - self._books.out))))
 
-    def _settle(self) -> None:
-        """Collect leaves whose reply was lost, page by page, so that no charge is missing in the log."""
-        names = {node: site for site, node in self._nodes.items()}
-        for _ in range(MAX_PAGES):
-            if not names:
-                break
-            asked = {node: Parcel(known=self._books.head(site)[0]) for node, site in names.items()}
-            for node, answer in self._exchange.ask(Step.SETTLE, asked, "settle").items():
-                site = names[node]
-                try:
-                    if isinstance(answer, ProtocolError):
-                        raise answer
-                    if self._books.take(site, answer.leaves):
-                        continue  # there may be more
-                except (ProtocolError, VerificationError) as problem:
-                    tell(SiteLeftOut(self._state.round, site, Step.SETTLE.value, problem.message))
-                del names[node]
+    def _least(self) -> int:
+        """Return the fewest sites the configured bounds allow a round with."""
+        enrolled = len(self._roster.sites)
+        for participants in range(limits.MIN_SITES, enrolled):
+            try:
+                bounds_for(self._config, enrolled, participants)
+            except ConfigError:
+                continue
+            return participants
+        return enrolled
 
     # --- one round ------------------------------------------------------------------------------------------
     def _round(self, number: int) -> bool:
@@ -145,7 +193,8 @@ class Coordinator:
         reason = ""
         first = self._books.attempts[number] + 1
         for attempt in range(first, first + MAX_ATTEMPTS):
-            willing = sorted(self._nodes.keys() - self._out)
+            self._meet()
+            willing = sorted(self._there.nodes.keys() - self._out - self._books.out)
             wanted = self._config.sites_per_round or len(willing)
             if len(willing) < limits.MIN_SITES:
                 reason = f"only {len(willing)} sites are left: {', '.join(willing) or 'none'}"
@@ -172,7 +221,7 @@ class Coordinator:
     def _attempt(self, offer: Offer) -> None:
         envelope = self._books.sign(offer)
         tell(RoundStarted(offer.round, offer.attempt, offer.participants))
-        attempt = Attempt(self._exchange, self._books, self._nodes, envelope, self._roster, self._key)
+        attempt = Attempt(self._exchange, self._books, self._there.nodes, envelope, self._roster, self._key)
         try:
             session = attempt.run(self._state.model.weights.astype("<f4").tobytes())
             self._apply(offer, session)

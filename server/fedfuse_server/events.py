@@ -61,7 +61,37 @@ class RunStopped:
     reason: str
 
 
-Event = RoundStarted | SiteLeftOut | RoundOpened | RoundAbandoned | RunStopped
+@dataclass(frozen=True)
+class SitesAwaited:
+    """A round waits for enrolled sites that are not there."""
+
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SitesThere:
+    """Who is there, before an attempt."""
+
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SitesOut:
+    """Sites are out for good: they left, or a coordinator revoked them."""
+
+    sites: tuple[str, ...]
+
+
+Event = (
+    SitesAwaited
+    | SitesThere
+    | SitesOut
+    | RoundStarted
+    | SiteLeftOut
+    | RoundOpened
+    | RoundAbandoned
+    | RunStopped
+)
 Observer = Callable[[Event], None]
 
 _observer: ContextVar[Observer | None] = ContextVar("fedfuse_observer", default=None)

@@ -78,6 +78,41 @@ class RunHome:
         return self.root / "server" / "server.key"
 
     @property
+    def certificate(self) -> Path:
+        """The server's TLS certificate (PEM)."""
+        return self.root / "server" / "tls.crt"
+
+    @property
+    def certificate_key(self) -> Path:
+        """The key of that certificate (PEM)."""
+        return self.root / "server" / "tls.key"
+
+    @property
+    def authority(self) -> Path:
+        """The certificate of the federation's authority, which every site has as well (PEM)."""
+        return self.root / "server" / "ca.crt"
+
+    @property
+    def logs(self) -> Path:
+        """What processes of the server write as they run."""
+        return self.root / "logs"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the running server."""
+        return self.root / "server" / "run.lock"
+
+    @property
+    def standing(self) -> Path:
+        """What the running server last said of itself."""
+        return self.root / "server" / "standing.json"
+
+    @property
+    def commands(self) -> Path:
+        """Where signed commands wait for the running server."""
+        return self.root / "server" / "commands"
+
+    @property
     def state(self) -> Path:
         """The server's state between rounds."""
         return self.root / "server" / "state.safetensors"

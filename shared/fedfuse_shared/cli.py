@@ -23,6 +23,7 @@ SUMMARIES = {
     "plan": "Predict the noise of a schedule and find a better one, before any privacy is spent.",
     "graph": "Choose the neighbours and the threshold of a sparse graph, and show why.",
     "data": "Check and describe a folder of data.",
+    "server": "Run a federation's server, take a site out of it, see where it stands.",
     "site": "Look after a site: what its data have spent, a backup of its store.",
 }
 

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
 from pydantic_core import to_json
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from fedfuse_client.data.manifest import load_dataset
 from fedfuse_server.audit.sources import Sources
-from fedfuse_server.events import Event, RoundAbandoned, RoundOpened, RunStopped, SiteLeftOut
+from fedfuse_server.events import Event
 from fedfuse_server.home import RunHome
+from fedfuse_server.progress import showing
 from fedfuse_shared.config.base import Trust
 from fedfuse_shared.ledger.verification import verify_ledger
 from fedfuse_shared.ledger.verification_report import Report
@@ -57,11 +49,15 @@ def run_session(home: RunHome, simulation: Simulation, *, json: bool) -> None:
     rounds = prepared.config.rounds
     started = time.monotonic()
     try:
-        with _progress(console, rounds) as show, SiteLog(_line_of(console)) as log:
+        with showing(console, rounds) as show, SiteLog(_line_of(console)) as log:
+            accuracy = ""
 
             def told(event: Event, scores: Scores | None) -> None:
+                nonlocal accuracy
                 log.check_room()
-                show(event, scores)
+                if scores is not None:
+                    accuracy = f"accuracy {scores.all_rows.accuracy:.3f}"
+                show(event, accuracy)
 
             watch = Watcher(home.root / "progress.jsonl", examiner, max(1, rounds // SCORINGS), told)
             run_rounds(home, prepared, simulation, watch=watch)
@@ -120,52 +116,6 @@ def run_report(run: Path, *, json: bool) -> None:
 
 def _line_of(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress(console: Console, rounds: int) -> Iterator[Callable[[Event, Scores | None], None]]:
-    columns = (
-        TextColumn("round"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("rounds", total=rounds, note="sites read their data")
-        accuracy = ""
-
-        def show(event: Event, scores: Scores | None) -> None:
-            nonlocal accuracy
-            if scores is not None:
-                accuracy = f"accuracy {scores.all_rows.accuracy:.3f}"
-            match event:
-                case RoundOpened():
-                    bar.update(
-                        task, completed=event.round, note=f"{len(event.survivors)} survivors  {accuracy}"
-                    )
-                case SiteLeftOut():
-                    bar.console.print(
-                        f"round {event.round}: {event.site} left out of {event.step}: {event.reason}",
-                        style="yellow",
-                        markup=False,  # a site's own words
-                    )
-                case RoundAbandoned():
-                    bar.console.print(
-                        f"round {event.round}, attempt {event.attempt}: aborted: {event.reason}",
-                        style="yellow",
-                        markup=False,
-                    )
-                case RunStopped():
-                    bar.console.print(
-                        f"stopped after round {event.round}: {event.reason}", style="bold red", markup=False
-                    )
-                case _:
-                    pass
-
-        yield show
 
 
 def _summary(home: RunHome, metrics: Metrics, report: Report, seconds: float) -> dict[str, object]:

@@ -5,6 +5,7 @@
 2. Each site's chain is whole (``verification_chain``).
 3. Each attempt is consistent from offer to close (``verification_rounds``).
 4. Each site's epsilon stays under its cap at every prefix (``verification_budget``).
+5. What was done was ordered by those who may, and sites that are out were asked nothing (``verification_commands``).
 
 It cannot show that noise and sampling were really drawn, that data sets of two sites do not overlap, or that the
 model is the sum: those leave no trace in a ledger. Nor that there is no second ledger: every verdict holds "up to
@@ -17,7 +18,8 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from fedfuse_shared import limits
-from fedfuse_shared.config.base import OPERATOR, SERVER
+from fedfuse_shared.commands import Command, CommandRefusal
+from fedfuse_shared.config.base import COORDINATOR, OPERATOR, SERVER
 from fedfuse_shared.envelope import Envelope, decode, verify
 from fedfuse_shared.errors import ProtocolError, VerificationError
 from fedfuse_shared.ledger.checkpoint import Head
@@ -26,13 +28,19 @@ from fedfuse_shared.ledger.merkle import Tree
 from fedfuse_shared.ledger.records import LEAF_TYPES, Close, Policy, Receipt, Refusal, Reservation, SiteLeaf
 from fedfuse_shared.ledger.verification_budget import Budget, idle
 from fedfuse_shared.ledger.verification_chain import Chain
+from fedfuse_shared.ledger.verification_commands import Commands
 from fedfuse_shared.ledger.verification_report import Code, Findings, Report
 from fedfuse_shared.ledger.verification_rounds import Rounds
 from fedfuse_shared.offer import Offer
 from fedfuse_shared.roster import Roster
 
-_AUTHORS: Final = {Roster.kind: OPERATOR, Offer.kind: SERVER, Close.kind: SERVER}
-"""Who writes what; every other kind is a site's."""
+_AUTHORS: Final = {
+    Roster.kind: OPERATOR,
+    Offer.kind: SERVER,
+    Close.kind: SERVER,
+    CommandRefusal.kind: SERVER,
+}
+"""Who writes what; a command is a coordinator's, every other kind a site's."""
 
 
 MAX_DATASETS: Final = 8
@@ -68,6 +76,7 @@ class _Auditor:
         self._roster = roster
         self._findings = Findings()
         self._rounds = Rounds(roster, self._findings)
+        self._commands = Commands(roster, self._findings)
         self._chains = {site: Chain(site) for site in roster.sites}
         self._budgets: dict[tuple[str, str], Budget] = {}
         self._account: dict[tuple[str, str], Budget] = {}
@@ -85,6 +94,11 @@ class _Auditor:
             self._site_leaf(index, envelope.author, body, raw)
         elif isinstance(body, Offer):
             self._rounds.offer(index, body)
+            self._commands.offer(index, body)
+        elif isinstance(body, Command):
+            self._commands.command(index, envelope)
+        elif isinstance(body, CommandRefusal):
+            self._commands.refusal(index, body)
         elif isinstance(body, Close):
             for site, dataset in self._rounds.close(index, body):
                 self._budgets[site, dataset].rounds += 1
@@ -109,15 +123,18 @@ class _Auditor:
             return None
         author = envelope.author
         site = author if author in self._roster.sites else None
-        if site is None and author not in {SERVER, OPERATOR}:
+        try:
+            key = self._roster.key_of(author)
+        except ProtocolError:
             self._findings.add(Code.UNKNOWN_AUTHOR, index, author, "is not in the roster")
             return None
-        if author != _AUTHORS.get(kind, site):
+        may = author.startswith(COORDINATOR) if kind == Command.kind else author == _AUTHORS.get(kind, site)
+        if not may:
             detail = f"{kind} leaf by {author}, who may not write one"
             self._findings.add(Code.WRONG_AUTHOR, index, site, detail)
             return None
         try:
-            verify(envelope, self._roster.key_of(author))
+            verify(envelope, key)
         except VerificationError:
             self._findings.add(Code.BAD_SIGNATURE, index, site, f"signature of a {kind} leaf does not hold")
             return None
@@ -142,6 +159,7 @@ class _Auditor:
     def _site_leaf(self, index: int, site: str, body: SiteLeaf, raw: bytes) -> None:
         chain = self._chains[site]
         chain.follow(index, body, raw, self._findings)
+        self._commands.site_leaf(index, site, body)
         if isinstance(body, Reservation):
             self._rounds.reservation(index, site, body, chain.policy)
             budget = self._budget(site, body)

@@ -52,6 +52,11 @@ class Code(StrEnum):
     AGREEMENTS = "agreements"
     OVER_CAP = "over-cap"
     SCHEDULE = "schedule"
+    BAD_COMMAND = "bad-command"
+    DUPLICATE_COMMAND = "duplicate-command"
+    NOT_COMMANDED = "not-commanded"
+    OFFERED_OUT = "offered-out"
+    AFTER_LEAVE = "after-leave"
     LEFT_OUT = "left-out"
 
 
@@ -99,6 +104,11 @@ ADVICE: Final[dict[Code, str]] = {
     Code.AGREEMENTS: "count this round as open to the server: too few sites agreed to open it",
     Code.OVER_CAP: "stop training on this data set; the spent privacy cannot be taken back",
     Code.SCHEDULE: "ask the site's operator: the tighter bound of a fixed schedule no longer holds",
+    Code.BAD_COMMAND: "do not trust the server's log: it should have refused this command",
+    Code.DUPLICATE_COMMAND: "ask the coordinator: an old command was given again",
+    Code.NOT_COMMANDED: "stop taking part: the server ran a plan that no coordinator ordered",
+    Code.OFFERED_OUT: "ask the coordinator why a site that is out was asked; do not use what it sent since",
+    Code.AFTER_LEAVE: "stop the site: it works on after it left, or a copy of it does",
     Code.LEFT_OUT: "repair the first ones and audit again",
 }
 """What a reader can do about each finding."""
