@@ -17,6 +17,7 @@ from fedfuse_shared.enrolment import (
     MAX_REQUEST,
     Kit,
     SiteRequest,
+    Terms,
     check_kit,
     check_request,
     read_bounded,
@@ -72,18 +73,18 @@ def read_kit(home: SiteHome, folder: Path, roster_hash: str) -> tuple[Roster, Ki
 
 
 def policy_for(
-    kit: Kit,
+    terms: Terms,
     roster: Roster,
+    site: str,
     *,
     data: Path,
     modalities: Sequence[Modality],
     dataset_sites: Sequence[str] = (),
     epsilon_cap: float | None = None,
 ) -> SitePolicy:
-    """Return the tightest policy that lets a site take part in what its kit plans, by the code installed here."""
-    terms = kit.terms
+    """Return the tightest policy that lets a site take part in what is planned, by the code installed here."""
     return SitePolicy(
-        site=kit.site,
+        site=site,
         federation=roster.federation,
         roster_hash=roster.hash(),
         data=data.resolve(),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedfuse_client.join_command import init, join
+
 if TYPE_CHECKING:
     from fedfuse_client.budget import Statement
 
@@ -15,6 +17,9 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(help="The site's folder, with policy.toml and store.db.")]
+
+app.command()(init)
+app.command()(join)
 
 _BAR = 40
 _BLOCKS = "▁▂▃▄▅▆▇█"
