@@ -23,19 +23,12 @@ def init(
 
     The keys never leave the folder; nothing in the request is secret.
     """
-    from pydantic import ValidationError
     from rich.console import Console
 
     from fedfuse_client.home import SiteHome
     from fedfuse_client.joining import initialise
 
-    try:
-        request = initialise(SiteHome(folder), site, federation)
-    except ValidationError as problem:
-        raise ConfigError(
-            f"{site!r} or {federation!r} is no name",
-            advice="use letters, digits, dot, dash and underscore, up to 63 of them",
-        ) from problem
+    request = initialise(SiteHome(folder), site, federation)
     console = Console()
     console.print(f"Keys are in {folder}. Send {request} to the operator of {federation}.", soft_wrap=True)
     console.print(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from fedfuse_client.code import code_hash
 from fedfuse_client.connection import Connection
 from fedfuse_client.home import SiteHome
 from fedfuse_client.policy import SitePolicy
 from fedfuse_shared import limits
-from fedfuse_shared.config.base import Modality
+from fedfuse_shared.config.base import Label, Modality, SiteName
 from fedfuse_shared.config.files import save_toml
 from fedfuse_shared.enrolment import (
     MAX_KIT,
@@ -34,8 +36,16 @@ def initialise(home: SiteHome, site: str, federation: str) -> Path:
 
     Raises:
         StateError: the folder holds a site already, or cannot be written.
-        ConfigError: the folder is not empty.
+        ConfigError: the folder is not empty, or a name is none.
     """
+    for name, kind in ((site, SiteName), (federation, Label)):
+        try:
+            TypeAdapter(kind).validate_python(name)
+        except ValidationError as problem:
+            raise ConfigError(
+                f"{name!r} is no name",
+                advice="use letters, digits, dot, dash and underscore, up to 63 of them",
+            ) from problem
     if home.key.exists():
         raise StateError("a site is here already; its keys are not overwritten", who=str(home.root))
     if home.root.exists() and (not home.root.is_dir() or any(home.root.iterdir())):
