@@ -103,7 +103,7 @@ def _reach(home: SiteHome, connection: Connection, *, insecure: bool) -> list[st
     if insecure:
         if not connection.is_loopback:
             raise ConfigError(
-                f"{connection.address} is not this machine: with --insecure anyone on the way reads and changes it all",
+                f"{connection.address} is another machine: with --insecure anyone on the way reads it all",
                 who=str(home.connection),
                 advice="leave --insecure out, or try on one machine with a loopback address",
             )
