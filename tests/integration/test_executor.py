@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.supercore.constant import TaskType
@@ -19,11 +20,14 @@ from fedfuse_client.answers import Fresh
 from fedfuse_client.tasks import Tasks
 from fedfuse_shared.bundle import bundle, bundle_hash
 from fedfuse_shared.messages import Step
-from fedfuse_shared.models import outline
+from fedfuse_shared.models import model_hash, outline
 from fedfuse_shared.parcel import Parcel, pack, unpack
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[2]
+LAYOUT = outline(MODEL)[0]
+WEIGHTS = np.zeros(sum(segment.size for segment in LAYOUT), np.float32)
+HASH = model_hash(WEIGHTS, LAYOUT)
 
 
 @pytest.fixture
@@ -60,8 +64,8 @@ def test_a_message_under_the_listed_bundle_is_answered(site, around, node):
 def test_a_whole_round_is_answered_and_opens(site, around):
     for _ in around.greet(site.ask):
         pass
-    offer = offer_of(around, outline(MODEL)[0])
-    around.play(offer, site.ask, bytes(4 * offer.dimension()))
+    offer = offer_of(around, LAYOUT, HASH)
+    around.play(offer, site.ask, WEIGHTS.tobytes())
     assert [step for step, _ in site.seconds][2:] == list(Step)[1:6]
 
 
@@ -72,8 +76,8 @@ def test_a_site_that_is_not_kept_warm_opens_a_round_too(tmp_path, node, around):
     site = DeployedSite(home, node, answers=lambda home: Fresh(home, home.logs / "answers.log"))
     for _ in around.greet(site.ask):
         pass
-    offer = offer_of(around, outline(MODEL)[0])
-    around.play(offer, site.ask, bytes(4 * offer.dimension()))
+    offer = offer_of(around, LAYOUT, HASH)
+    around.play(offer, site.ask, WEIGHTS.tobytes())
     home.open_store().close()  # nobody holds it between two messages
     site.close()
 
@@ -243,9 +247,9 @@ def test_a_supernode_that_is_gone_does_not_end_the_site(tmp_path, around):
 
 # --- torch ---------------------------------------------------------------------------------------------------------
 def threads_after_each_step(tmp_path, how):
-    layout = json.dumps([segment.model_dump(mode="json") for segment in outline(MODEL)[0]])
+    layout = json.dumps([segment.model_dump(mode="json") for segment in LAYOUT])
     done = subprocess.run(
-        [sys.executable, "-m", "support.deployed_site", str(tmp_path), layout, how],
+        [sys.executable, "-m", "support.deployed_site", str(tmp_path), layout, HASH, how],
         env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "FLWR_TELEMETRY_ENABLED": "0"},
         capture_output=True,
         text=True,

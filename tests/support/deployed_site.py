@@ -88,13 +88,13 @@ class DeployedSite:
         self.journal.close()
 
 
-def offer_of(around: Around, layout: tuple[Segment, ...]) -> Offer:
-    return around.federation.offer(model=MODEL, layout=layout)
+def offer_of(around: Around, layout: tuple[Segment, ...], model_hash: str) -> Offer:
+    return around.federation.offer(model=MODEL, layout=layout, model_hash=model_hash)
 
 
 def main() -> None:
     """Play a round with real training; print, after each step, whether torch is loaded and with how many threads."""
-    root, layout, trains = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3] == "trains"
+    root, layout, trains = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[4] == "trains"
     around = Around()
     home = write_site(root, around)
     if not trains:
@@ -105,7 +105,9 @@ def main() -> None:
         WithoutRecords.log = root / "trained"
         site_round.Learner = WithoutRecords
         WithoutRecords.check_gradients = lambda *_: None
-    offer = offer_of(around, tuple(Segment.model_validate_json(json.dumps(each)) for each in layout))
+    offer = offer_of(
+        around, tuple(Segment.model_validate_json(json.dumps(each)) for each in layout), sys.argv[3]
+    )
 
     def report(step: Step) -> None:
         threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
