@@ -77,10 +77,6 @@ class SitePolicy(Frozen):
     """Hashes of the fedfuse code this site trains with (``fedfuse site code``); empty: whatever is installed."""
     plans: Annotated[tuple[Hex32, ...], Field(max_length=1000)] = ()
     """Hashes of the run configurations this site takes part in; empty: any within the bounds above."""
-    bundles: Annotated[tuple[Hex32, ...], Field(max_length=1000)] = ()
-    """Hashes of the app bundles whose messages are answered (SHA-256); empty: none. No bundle is ever executed."""
-    warm: bool = True
-    """Keep one process that answers every message, which saves seconds; otherwise each has a fresh one."""
 
     @property
     def record_sites(self) -> tuple[SiteName, ...]:
