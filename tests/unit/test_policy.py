@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +178,23 @@ def test_the_leaf_says_what_the_file_says(policy: SitePolicy) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"data": "elsewhere"}, {"modalities": ["audio"]}, {"dataset_sites": ["a"]}], ids=str
+    "changes",
+    [{"data": "elsewhere"}, {"modalities": ["audio"]}, {"dataset_sites": ["a"]}, {"warm": False}],
+    ids=str,
 )
 def test_nothing_published_depends_on_what_stays_at_the_site(tmp_path: Path, changes: dict[str, Any]) -> None:
     before = load_policy(write(tmp_path))
     after = load_policy(write(tmp_path, **changes))
     assert before != after
     assert canonical(before.leaf(1, records.FIRST_LINK)) == canonical(after.leaf(1, records.FIRST_LINK))
+
+
+def test_a_policy_from_before_there_were_bundles_keeps_its_hash(policy: SitePolicy) -> None:
+    published = policy.model_dump(
+        mode="json", exclude={"data", "dataset_sites", "modalities", "bundles", "warm"}
+    )
+    assert policy.hash() == hashlib.sha256(limits.LABEL_POLICY + canonical(published)).hexdigest()
+    assert policy.bundles == ()
 
 
 def test_every_other_key_changes_the_hash(tmp_path: Path) -> None:
@@ -210,8 +221,9 @@ def test_every_other_key_changes_the_hash(tmp_path: Path) -> None:
         "models": ["c" * 64],
         "code": ["d" * 64],
         "plans": [PLAN],
+        "bundles": ["e" * 64],
     }
-    assert set(changed) == set(SitePolicy.model_fields) - {"data", "dataset_sites", "modalities"}
+    assert set(changed) == set(SitePolicy.model_fields) - {"data", "dataset_sites", "modalities", "warm"}
     hashes = {load_policy(write(tmp_path, **{key: value})).hash() for key, value in changed.items()}
     assert len(hashes | {load_policy(write(tmp_path)).hash()}) == len(changed) + 1
 
