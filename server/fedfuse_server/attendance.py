@@ -30,6 +30,9 @@ MAX_PAGES: Final = 100
 GREETING: Final = 30.0
 """Longest wait for a node to say which site it is: one that hangs must not hold up every attempt (seconds)."""
 
+MAX_LOSSES: Final = 10
+"""Times in a row that the SuperLink may be lost while sites are awaited."""
+
 PAUSE: Final = 0.5
 """Between two looks for sites that are awaited (seconds)."""
 
@@ -69,6 +72,9 @@ class Attendance:
             wait: Seconds; None: whoever is there now is all there will be.
             least: Fewest sites a round needs.
             also_out: Sites that are not waited for besides those the ledger says are out.
+
+        Raises:
+            RoundAborted: the SuperLink was lost, again and again.
         """
         began, told = time.monotonic(), None
         while True:
