@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from flwr.app import Context, RecordDict
 from rich.console import Console
 from support.served import free_port, with_officers
 from support.small_federation import SmallFederation
@@ -12,7 +13,7 @@ from support.small_federation import SmallFederation
 from fedfuse_client.app import app as client_app
 from fedfuse_client.round import close_sites, site_in
 from fedfuse_server.coordinator import Coordinator
-from fedfuse_server.events import RoundOpened, RoundStarted, SitesOut, observing
+from fedfuse_server.events import RoundOpened, RoundStarted, SiteLeftOut, SitesOut, observing
 from fedfuse_server.orders import CommandRefused, leave_waiting, write_command
 from fedfuse_server.plan import plan_hash
 from fedfuse_server.revocation import revoke_site
@@ -180,6 +181,13 @@ def test_a_site_that_comes_back_under_another_node_and_one_that_comes_late_take_
     ordered.run(lambda number: move(number) if number == 1 else None, ordered.command())
     assert ordered.asked() == [ALL[:3], ALL]
     assert audit(ordered.home).ok
+
+
+def test_a_node_that_does_not_say_which_site_it_is_is_not_asked_before_every_attempt(ordered):
+    ordered.grid._contexts[6] = Context(1, 6, {"home": "/nowhere"}, RecordDict(), {})
+    ordered.run(command=ordered.command())
+    assert [event.step for event in ordered.federation.told(SiteLeftOut)] == ["query.hello"]
+    assert ordered.asked() == [ALL, ALL]
 
 
 def test_what_serve_refuses_before_anything_is_started(ordered, tmp_path):
