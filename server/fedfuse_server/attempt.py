@@ -117,6 +117,8 @@ class Attempt:
                 self._receipts[site] = cast("Envelope[Receipt]", leaf)
             elif isinstance(body, Refusal) and body.context == context:
                 self.refused.add(site)
+        if site in self.books.out:
+            raise ProtocolError("has left the federation", who=site)
 
 
 def _parcels(bodies: Mapping[str, bytes], vector: bytes = b"") -> dict[str, Parcel]:
