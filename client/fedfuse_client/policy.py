@@ -91,7 +91,7 @@ class SitePolicy(Frozen):
     def hash(self) -> str:
         """Return the hash of what is published of this policy (SHA-256, hexadecimal)."""
         # Left out while empty: a policy from before there were bundles keeps its hash, and with it its leaf.
-        hidden = set(_NOT_PUBLISHED) if self.bundles else _NOT_PUBLISHED | {"bundles"}
+        hidden = set(_NOT_PUBLISHED if self.bundles else _NOT_PUBLISHED | {"bundles"})
         published = self.model_dump(mode="json", exclude=hidden)
         return hashlib.sha256(limits.LABEL_POLICY + canonical(published)).hexdigest()
 
