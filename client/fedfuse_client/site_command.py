@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedfuse_client.leave_command import leave
+from fedfuse_client.preflight_command import preflight
+from fedfuse_client.status_command import status
+
 if TYPE_CHECKING:
     from fedfuse_client.budget import Statement
 
@@ -15,6 +19,10 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(help="The site's folder, with policy.toml and store.db.")]
+
+app.command()(preflight)
+app.command()(status)
+app.command()(leave)
 
 _BAR = 40
 _BLOCKS = "▁▂▃▄▅▆▇█"
