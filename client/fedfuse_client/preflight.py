@@ -120,6 +120,10 @@ def _checked(name: str, check: Callable[[], Finding]) -> Finding:
 # --- the folder ---------------------------------------------------------------------------------------------
 def _files(home: SiteHome) -> Finding:
     """Are all files there, real ones, the owner's, and closed to everybody else?"""
+    if not home.root.is_dir():
+        raise StateError(
+            "is not a folder", who=str(home.root), advice="make it with fedfuse site init, or check the path"
+        )
     required = (
         home.policy,
         home.key,
@@ -143,7 +147,7 @@ def _files(home: SiteHome) -> Finding:
             # The folder itself may be reached by a link: what lies in it may not.
             found = path.stat() if path == home.root else path.lstat()
         except FileNotFoundError:
-            faults += [f"{name} is missing"] if path in required or path == home.root else []
+            faults += [f"{name} is missing"] if path in required else []
             continue
         if stat.S_ISLNK(found.st_mode):
             faults.append(f"{name} is a link")
@@ -168,7 +172,12 @@ def _files(home: SiteHome) -> Finding:
 
 
 def _disk(home: SiteHome) -> Finding:
-    free = shutil.disk_usage(home.root).free
+    try:
+        free = shutil.disk_usage(home.root).free
+    except OSError as problem:
+        raise StateError(
+            f"cannot be looked at ({problem.strerror})", who=str(home.root), advice="check the path"
+        ) from problem
     if free < ROOM:
         return Finding(
             "disk", State.FAIL, f"{free / 2**20:.0f} MiB free", f"free {ROOM / 2**30:g} GiB at least"
@@ -271,9 +280,7 @@ def _tls(home: SiteHome, reached: list[Reached], limit: float, clock: Callable[[
     now = datetime.fromtimestamp(clock(), UTC)
     ends = min(server.expires, authority_expires(home.authority))
     names = ", ".join(server.names[:3]) + (", …" if len(server.names) > 3 else "")
-    said = (
-        f"{connection.address} is {names or 'without a name'}, {server.version}, valid until {ends:%Y-%m-%d}"
-    )
+    said = f"{server.version}, certificate for {names or 'nobody'} is valid until {ends:%Y-%m-%d}"
     if (ends - now).days < DAYS_LEFT:
         return Finding("tls", State.WARN, said, "ask the operator for a new certificate before that day")
     return Finding("tls", State.PASS, said)

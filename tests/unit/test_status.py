@@ -32,7 +32,7 @@ def federation() -> Federation:
 
 @pytest.fixture
 def home(tmp_path, federation) -> SiteHome:
-    return write_site(tmp_path / "site", federation, Authority().pem)
+    return write_site(tmp_path / "site", federation, Authority().pem, epsilon_cap=4.0)
 
 
 def work(home: SiteHome, federation: Federation, store: SiteStore, rounds: int = 1) -> None:
