@@ -20,11 +20,12 @@ from fedfuse_shared import limits
 from fedfuse_shared.config.base import Hex32, Label, SiteName, Trust
 from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.envelope import Envelope, decode, encode, seal, verify
-from fedfuse_shared.errors import BudgetError, ProtocolError, StateError
+from fedfuse_shared.errors import BudgetError, PolicyError, ProtocolError, StateError
 from fedfuse_shared.ledger.records import (
     FIRST_LINK,
     Charge,
     EvaluationCharge,
+    Leave,
     Policy,
     Receipt,
     Refusal,
@@ -88,6 +89,20 @@ class Chain:
         )
         return decode(found[0].encode(), leaf_type, who="store") if found else None
 
+    def check_member(self) -> None:
+        """Check that the site has not left the federation.
+
+        Raises:
+            PolicyError: it has.
+        """
+        left = self.latest(Leave)
+        if left is not None:
+            raise PolicyError(
+                f"left federation {self.federation} for good (leaf {left.body.seq} of its chain)",
+                who=f"site {self.site}",
+                advice="it takes part in nothing any more; to come back, enrol it anew under another name",
+            )
+
     def append(self, build: Callable[[int, str], L], key: Ed25519PrivateKey) -> Envelope[L]:
         """Sign and store the next leaf; it is durable when the outermost transaction ends.
 
@@ -96,9 +111,11 @@ class Chain:
             key: The site's signing key.
 
         Raises:
+            PolicyError: the site has left: nothing follows that leaf.
             StateError: a leaf of this kind was already written for this context.
         """
         with self._database.transaction():
+            self.check_member()
             seq, prev = self.head()
             body = build(seq + 1, prev)
             if (body.seq, body.prev) != (seq + 1, prev):
@@ -138,7 +155,7 @@ class Chain:
         A second call for the same offer returns the identical envelope and charges nothing more.
 
         Raises:
-            PolicyError: the offer is outside the policy.
+            PolicyError: the offer is outside the policy, or the site has left.
             BudgetError: it would bring the data set's epsilon past the cap.
             StateError: the context is finished, was charged to another data set, or the data set is unknown.
         """
@@ -149,6 +166,7 @@ class Chain:
         check_offer(policy, offer)
         context = offer.context()
         with self._database.transaction():
+            self.check_member()
             if self._database.row("SELECT 1 FROM session WHERE context = ? AND state IS NULL", context):
                 raise StateError(
                     f"round {offer.round} attempt {offer.attempt} is finished here",
@@ -322,7 +340,7 @@ def _charge(offer: Offer) -> Charge:
 
 def _decode_site_leaf(
     raw: bytes,
-) -> Envelope[Policy] | Envelope[Reservation] | Envelope[Refusal] | Envelope[Receipt]:
+) -> Envelope[Policy] | Envelope[Reservation] | Envelope[Refusal] | Envelope[Receipt] | Envelope[Leave]:
     """Parse a leaf of any kind a site writes."""
     if len(raw) > limits.MAX_LEDGER_LINE:
         raise ProtocolError(
@@ -341,4 +359,6 @@ def _decode_site_leaf(
             return decode(raw, Refusal, who="server")
         case Receipt.kind:
             return decode(raw, Receipt, who="server")
+        case Leave.kind:
+            return decode(raw, Leave, who="server")
     raise ProtocolError("showed a leaf of a kind that no site writes", who="server")

@@ -67,6 +67,14 @@ class Learner:
             self._identifier = store.register_dataset(content_digest(dataset, row) for row in known)
         return self._identifier
 
+    def check_rows(self) -> None:
+        """Check that there is something to train on.
+
+        Raises:
+            DataError: the folder cannot be used, or holds no training rows of this site, or too many.
+        """
+        self._load()
+
     def check_classes(self, offer: Offer) -> None:
         """Refuse a model of other classes than the data set declares.
 

@@ -21,7 +21,7 @@ from fedfuse_client.policy import check_offer
 from fedfuse_shared.config.base import SERVER, Frozen
 from fedfuse_shared.envelope import Envelope, canonical, decode, encode, seal, verify
 from fedfuse_shared.errors import BudgetError, PolicyError, ProtocolError, StateError, VerificationError
-from fedfuse_shared.ledger.records import Policy, Receipt, Refusal
+from fedfuse_shared.ledger.records import Leave, Policy, Receipt, Refusal
 from fedfuse_shared.messages import Hello, Introduction, Step
 from fedfuse_shared.offer import Offer
 from fedfuse_shared.parcel import Parcel
@@ -104,12 +104,15 @@ class Site:
 
     def _publish_policy(self) -> None:
         """Put the policy that rules now on the ledger, if it is not the one that stands there."""
+        if self._chain.latest(Leave) is not None:
+            return  # it still says who it is, so that the server can ask for its last leaf
         published = self._chain.latest(Policy)
         if published is None or published.body.policy_hash != self._policy.hash():
             self._chain.append(self._policy.leaf, self._me.key)
 
     # --- in a round -----------------------------------------------------------------------------------------
     def _in_round(self, step: Step, parcel: Parcel) -> tuple[bytes, bytes]:
+        self._chain.check_member()
         if not parcel.leaves:
             raise ProtocolError("does not show this site's last leaf on the ledger", who=SERVER)
         # In every step: a store restored in the middle of a round would mask a second vector.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import secrets
@@ -19,7 +18,8 @@ from typing import Final
 from fedfuse_client.connection import Connection, load_connection
 from fedfuse_client.home import SiteHome
 from fedfuse_client.journal import Event, Journal
-from fedfuse_shared.errors import ConfigError, StateError
+from fedfuse_client.run_lock import only_one
+from fedfuse_shared.errors import ConfigError
 
 _POLL: Final = 0.1
 """Between two looks at the SuperNode's queue (seconds)."""
@@ -45,7 +45,7 @@ def run_site(folder: Path, *, insecure: bool, json_logs: bool) -> None:
         filter(None, [os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")), "127.0.0.1"])
     )
     with (
-        _only_one(home),
+        only_one(home),
         _journal(policy.site, home, json_logs=json_logs) as journal,
         _secret(home) as secret,
     ):
@@ -128,31 +128,6 @@ def _flower(name: str) -> str:
     if found is None:
         raise ConfigError(f"{name} is not installed", advice="pip install 'fedfuse[site]'")
     return found
-
-
-@contextmanager
-def _only_one(home: SiteHome) -> Iterator[None]:
-    """Hold the folder: two processes of one site would answer the same round twice.
-
-    Raises:
-        StateError: another process has it.
-    """
-    descriptor = os.open(home.root / "run.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            other = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
-            raise StateError(
-                f"is served already, by process {other or 'unknown'}",
-                who=f"site folder {home.root}",
-                advice="one site runs once: stop that process first, or leave it at work",
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedfuse_client.join_command import init, join
+from fedfuse_client.leave_command import leave
+from fedfuse_client.preflight_command import preflight
+from fedfuse_client.status_command import status
 
 if TYPE_CHECKING:
     from fedfuse_client.budget import Statement
@@ -20,6 +23,9 @@ Folder = Annotated[Path, typer.Argument(help="The site's folder, with policy.tom
 
 app.command()(init)
 app.command()(join)
+app.command()(preflight)
+app.command()(status)
+app.command()(leave)
 
 _BAR = 40
 _BLOCKS = "▁▂▃▄▅▆▇█"

@@ -46,6 +46,15 @@ class SiteStore:
             Database.create(path)
         return cls(Database.open(path, wait=wait))
 
+    @classmethod
+    def view(cls, path: Path) -> Self:
+        """Open a site's store to look at, also while the site is at work; every write is refused.
+
+        Raises:
+            StateError: missing or damaged.
+        """
+        return cls(Database.view(path))
+
     def __enter__(self) -> Self:
         return self
 

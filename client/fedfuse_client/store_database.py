@@ -2,7 +2,7 @@
 
 Rules kept here, whatever is stored:
 
-1. One process has the store open; a second waits a bounded time and is then refused.
+1. One process has the store open; a second waits a bounded time and is then refused, unless it only looks.
 2. What a transaction wrote is on disk when it ends (WAL, ``synchronous=FULL``), whole or not at all.
 3. Nobody but the owner reads the file, and what is deleted is overwritten.
 4. A file whose structure, or whose chain of leaves, does not hold is refused before anything is read from it.
@@ -97,7 +97,7 @@ cannot be read any more: it is over, and its secrets are overwritten."""
 class Database:
     """An open site store, locked until it is closed; every SQLite error leaves it as a StateError."""
 
-    def __init__(self, path: Path, lock: int, connection: sqlite3.Connection) -> None:
+    def __init__(self, path: Path, lock: int | None, connection: sqlite3.Connection) -> None:
         self.path = path
         self._lock = lock
         self._connection = connection
@@ -140,13 +140,7 @@ class Database:
         Raises:
             StateError: missing, in use, of another version, or damaged.
         """
-        if not path.is_file():
-            raise StateError(
-                "does not exist",
-                who=f"store {path}",
-                advice="make it once per site, or restore the site's disk",
-            )
-        path = path.resolve()  # one lock, whichever way the store was reached
+        path = _existing(path)
         try:
             path.chmod(0o600)
             lock = _take_lock(path, wait)
@@ -169,13 +163,33 @@ class Database:
             raise
         return database
 
+    @classmethod
+    def view(cls, path: Path) -> Database:
+        """Open and check an existing store to look at, also while another process has it.
+
+        It takes no lock, and SQLite refuses every write. Each statement sees what was committed before it.
+
+        Raises:
+            StateError: missing, of another version, or damaged.
+        """
+        path = _existing(path)
+        with _named(path):
+            database = cls(path, None, _connect(path, mode="ro"))
+            try:
+                database._check_whole()
+            except BaseException:
+                database._connection.close()
+                raise
+        return database
+
     def close(self) -> None:
         """Close the store and let the next process have it."""
         try:
             with _named(self.path):
                 self._connection.close()
         finally:
-            os.close(self._lock)
+            if self._lock is not None:
+                os.close(self._lock)
 
     def rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         """Run one statement and return all its rows."""
@@ -253,9 +267,14 @@ class Database:
         self._scrub = bool(busy)
 
     def _check(self) -> None:
-        """Refuse a file that is not a whole site store of this version."""
+        """Refuse a file that is not a whole site store of this version, once an older one is brought to it."""
         if self.rows("PRAGMA application_id") == [(APPLICATION,)]:
             self._migrate()
+        self._check_whole()
+        # After a crash the log may still hold what was deleted.
+        self._truncate_log()
+
+    def _check_whole(self) -> None:
         found = self.rows("PRAGMA application_id"), self.rows("PRAGMA user_version")
         if found != ([(APPLICATION,)], [(VERSION,)]):
             raise StateError(
@@ -266,8 +285,6 @@ class Database:
         if self.rows("PRAGMA integrity_check(1)") != [("ok",)] or self.rows("PRAGMA foreign_key_check"):
             raise _damaged(self.path, "its structure does not hold")
         self._check_leaves()
-        # After a crash the log may still hold what was deleted.
-        self._truncate_log()
 
     def _migrate(self) -> None:
         """Bring an older store to this version, each step whole or not at all."""
@@ -291,9 +308,17 @@ class Database:
             last = federation, seq, link
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _existing(path: Path) -> Path:
+    """Return a store's own path: one lock, whichever way it was reached."""
+    if not path.is_file():
+        advice = "make it once per site, or restore the site's disk"
+        raise StateError("does not exist", who=f"store {path}", advice=advice)
+    return path.resolve()
+
+
+def _connect(path: Path, *, mode: str = "rw") -> sqlite3.Connection:
     """Open a file and set what SQLite sets per connection."""
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None)
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
     try:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")

@@ -51,7 +51,9 @@ class Exchange:
         for reply in replies:
             node = asked.get(reply.metadata.reply_to_message_id)
             if node is None or (reply.metadata.src_node_id != node and not reply.has_error()):
-                log.warning("a reply from node %s, which was not asked, is ignored", reply.metadata.src_node_id)
+                log.warning(
+                    "a reply from node %s, which was not asked, is ignored", reply.metadata.src_node_id
+                )
             elif reply.has_error():
                 said = "".join(c if c.isprintable() else "?" for c in str(reply.error.reason)[:_MAX_REASON])
                 answers[node] = ProtocolError(f"failed: {said}", who=f"node {node}")

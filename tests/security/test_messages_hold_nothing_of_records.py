@@ -121,6 +121,7 @@ SITE_SENDS: dict[type, dict[str, Source]] = {
     records.Charge: {"sampling_rate": P, "noise_multiplier": P, "steps": P},
     records.Refusal: {"seq": P, "prev": C, "context": P, "reason": P},
     records.Receipt: {"seq": P, "prev": C, "context": P, "steps": P, "vector_hash": H},
+    records.Leave: {"seq": P, "prev": C, "reason": P},
 }
 """Every type whose values can leave a site, field by field."""
 OTHERS_SEND = {
