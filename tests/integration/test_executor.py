@@ -96,6 +96,21 @@ def test_the_context_of_a_run_is_left_as_it_was(site, node):
     assert node.state.get_run_series_context(site.run) is before
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_message_is_waited_for_until_all_of_it_is_there(site, node, listed):
+    """Flower makes the task before it has the message; a reply before the last object came would be lost."""
+    run = node.begin(bundle() if listed else b"other")
+    node.send(run, Step.SETTLE, pack(Parcel(vector=bytes(6_000_000))), held=True)
+    seen = []
+    for stage in node.stages:
+        assert not node.replies()
+        seen.append(stage)
+        site.executor.turn()
+    (reply,) = node.replies()
+    assert seen == ["task", "message", *["object"] * 7]
+    assert reply.has_error() is not listed
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 def test_another_bundle_is_refused_in_the_reply_and_in_the_log(site, node):
     run = node.begin(bundle() + b" ")
@@ -182,7 +197,6 @@ def settle_with(site, content, objects=None):
 def test_bytes_that_are_no_object_are_refused(site):
     content = pack(Parcel())
     for broken in (
-        b"",
         b"\0",
         b"os.system 1",
         b"ConfigRecord  5\0hello",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -83,8 +84,12 @@ class RunningSuperNode:
         task: str = TaskType.CLIENT_APP,
         ttl: float = 60.0,
         objects: dict[str, bytes] | None = None,
+        held: bool = False,
     ) -> str:
-        """Put in a message from the server; ``objects`` replaces the bytes of some of its objects."""
+        """Put in a message from the server, or leave that to whoever goes through ``stages``.
+
+        ``objects`` replaces the bytes of some of its objects.
+        """
         metadata = Metadata(
             run_id=run,
             message_id="",
@@ -99,15 +104,26 @@ class RunningSuperNode:
         message = Message(content=content, metadata=metadata)
         identifier = message.object_id
         metadata.__dict__["_message_id"] = identifier
-        self.state.create_task(task_type=task, run_id=run, fab_hash=self.state.get_run(run).fab_hash)
-        self.state.object_store.preregister(run, get_object_tree(message))
-        for number, part in get_all_nested_objects(message).items():
-            given = (objects or {}).get(number, part.deflate())
-            # Not by `put`, which checks: a server that lies may have made its SuperNode accept anything.
-            self.state.object_store.store[number].content = given
-            self.state.object_store.store[number].is_available = True
-        self.state.store_message(remove_content_from_message(message))
+        stages = self._arrive(message, task, objects or {})
+        if not held:
+            for _ in stages:
+                pass
+        self.stages = stages
         return identifier
+
+    def _arrive(self, message: Message, task: str, objects: dict[str, bytes]) -> Iterator[str]:
+        """Do as the SuperNode does, in its order; between two stages anybody may ask."""
+        run, store = message.metadata.run_id, self.state.object_store
+        self.state.create_task(task_type=task, run_id=run, fab_hash=self.state.get_run(run).fab_hash)
+        yield "task"
+        store.preregister(run, get_object_tree(message))
+        self.state.store_message(remove_content_from_message(message))
+        yield "message"
+        for number, part in get_all_nested_objects(message).items():
+            # Not by `put`, which checks: a server that lies may have made its SuperNode accept anything.
+            store.store[number].content = objects.get(number, part.deflate())
+            store.store[number].is_available = True
+            yield "object"
 
     def replies(self) -> list[Message]:
         """Take the replies and forget them, as the SuperNode does when it has sent them on."""
