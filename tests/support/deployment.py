@@ -44,7 +44,7 @@ class Deployment(Machines):
     Args:
         root: An empty folder.
         rounds: Rounds of the run.
-        sites: Names of the sites, of :data:`SITES`.
+        sites: Names of the sites; one that has no rows of its own trains on another's.
         patience: Seconds an exchange may take.
         cap: Privacy every site allows, for attempts beyond the planned ones; none: what the run asks for.
         changes: Further settings of the run.
@@ -66,8 +66,10 @@ class Deployment(Machines):
         (root / "federation.toml").write_text(tomli_w.dumps(self._settings(rounds, patience, changes or {})))
         call("provision", root / "federation.toml", "--out", root / "kits")
         self.roster_hash = self.server.load_roster().body.hash()
-        for site, home in self.homes.items():
+        for number, (site, home) in enumerate(self.homes.items()):
             more = () if cap is None else ("--epsilon-cap", cap)
+            if site not in SITES:
+                more += ("--dataset-site", SITES[number % len(SITES)])
             kit = root / "kits" / "sites" / site
             data = root / "data"
             call(
