@@ -56,6 +56,9 @@ class Answers(Protocol):
             FedfuseError: the site's folder cannot be used.
         """
 
+    def foresee(self) -> None:
+        """Do what can be done before the next message, while nobody waits; what it finds changes nothing."""
+
     def close(self) -> None:
         """Let go of the site's store."""
 
@@ -86,6 +89,10 @@ class Warm:
     def tidy(self) -> None:
         """Erase the secrets of attempts whose deadline has passed."""
         self._current().erase_expired()
+
+    def foresee(self) -> None:
+        """Account for one more round like the last."""
+        self._current().foresee()
 
     def close(self) -> None:
         """Let go of the site's store."""
@@ -136,6 +143,9 @@ class Fresh:
         """Erase the secrets of attempts whose deadline has passed, if any may be left."""
         if self._unfinished:
             self._unfinished = self._ask(_TIDY, b"") == b"1"
+
+    def foresee(self) -> None:
+        """Do nothing: what a process learns is gone with it."""
 
     def close(self) -> None:
         """Nothing is open here."""

@@ -188,6 +188,10 @@ class Executor:
                 step=in_hand.step,
             )
         self._drop()
+        try:
+            self._answers.foresee()
+        except FedfuseError as problem:
+            self._journal.say(Event.FAILED, str(problem))
         return True
 
     def _drop(self) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -66,7 +67,15 @@ class Site:
         self._store = home.open_store()
         self._chain = self._store.chain(self._policy.federation, self._policy.site)
         self._learner = Learner(self._policy, threads=threads)
+        self._charged: Offer | None = None
         self.erase_expired()
+
+    def foresee(self) -> None:
+        """Account for one more round like the last, whose offer is then checked at once; charges nothing."""
+        offer, self._charged = self._charged, None
+        if offer is not None:
+            with suppress(PolicyError, BudgetError):  # it would be refused: said when it is asked for
+                self._chain.check_budget(self._policy, offer, self._learner.dataset(self._store))
 
     def close(self) -> None:
         """Let go of the store, so that another process can have it."""
@@ -203,6 +212,7 @@ class Site:
                 self._me.key,
             )
             self._save(Step.UPDATE, envelope, session, _join(b"", vector))
+        self._charged = offer
         return b"", vector
 
     # --- the store ------------------------------------------------------------------------------------------

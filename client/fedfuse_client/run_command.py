@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import signal
 import sys
 import threading
@@ -38,7 +37,7 @@ def run_site(folder: Path, *, insecure: bool, json_logs: bool) -> None:
     home = SiteHome(folder.absolute())
     policy = home.load_policy()
     connection = load_connection(home.connection)
-    program = [_flower("flower-supernode"), *_reach(home, connection, insecure=insecure)]
+    program = [sys.executable, "-m", "fedfuse_client.supernode", *_reach(home, connection, insecure=insecure)]
     os.environ.update(_QUIET)
     # Flower's client obeys proxies, also on the way to its own SuperNode on this machine.
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(
@@ -119,15 +118,6 @@ def _reach(home: SiteHome, connection: Connection, *, insecure: bool) -> list[st
         *("--root-certificates", str(home.authority)),
         *("--auth-supernode-private-key", str(home.node_key)),
     ]
-
-
-def _flower(name: str) -> str:
-    """Return the path of one of Flower's commands, the one installed with this Python if there is one."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        raise ConfigError(f"{name} is not installed", advice="pip install 'fedfuse[site]'")
-    return found
 
 
 @contextmanager
