@@ -56,6 +56,7 @@ class Executor:
         self._journal = journal
         self._clock = clock
         self._tasks: Tasks | None = None
+        self._coming: Task | None = None
         self._in_hand: _InHand | None = None
         self._tidied = time.monotonic()
 
@@ -79,7 +80,10 @@ class Executor:
         """
         if self._in_hand is not None:
             return self._see_off(self._in_hand)
-        if accept and self._tasks is not None and (task := self._acquire(self._tasks)) is not None:
+        if accept and self._coming is None and self._tasks is not None:
+            self._coming = self._acquire(self._tasks)
+        if accept and self._coming is not None and self._has_come(self._coming):
+            task, self._coming = self._coming, None
             self._serve(task)
             return True
         self._tidy()
@@ -99,6 +103,14 @@ class Executor:
         except Exception as problem:  # noqa: BLE001 - what the server made of the task must not end the site
             self._journal.say(Event.FAILED, f"a task could not be taken ({type(problem).__name__})")
             return None
+
+    def _has_come(self, task: Task) -> bool:
+        try:
+            return task.is_received()
+        except Exception as problem:  # noqa: BLE001 - as above
+            self._journal.say(Event.FAILED, f"a message was not received ({type(problem).__name__})")
+            self._drop()
+            return False
 
     def _serve(self, task: Task) -> None:
         began = time.monotonic()
@@ -179,6 +191,9 @@ class Executor:
         return True
 
     def _drop(self) -> None:
+        if self._coming is not None:
+            self._coming.drop()
+            self._coming = None
         if self._in_hand is not None:
             self._in_hand.task.drop()
             self._in_hand = None

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from fedfuse_client.code import code_hash
 from fedfuse_client.connection import Connection
 from fedfuse_client.home import SiteHome
 from fedfuse_client.policy import SitePolicy
 from fedfuse_shared import limits
-from fedfuse_shared.config.base import Modality
+from fedfuse_shared.config.base import Label, Modality, SiteName
 from fedfuse_shared.config.files import save_toml
 from fedfuse_shared.enrolment import (
     MAX_KIT,
     MAX_REQUEST,
     Kit,
     SiteRequest,
+    Terms,
     check_kit,
     check_request,
     read_bounded,
@@ -33,8 +36,16 @@ def initialise(home: SiteHome, site: str, federation: str) -> Path:
 
     Raises:
         StateError: the folder holds a site already, or cannot be written.
-        ConfigError: the folder is not empty.
+        ConfigError: the folder is not empty, or a name is none.
     """
+    for name, kind in ((site, SiteName), (federation, Label)):
+        try:
+            TypeAdapter(kind).validate_python(name)
+        except ValidationError as problem:
+            raise ConfigError(
+                f"{name!r} is no name",
+                advice="use letters, digits, dot, dash and underscore, up to 63 of them",
+            ) from problem
     if home.key.exists():
         raise StateError("a site is here already; its keys are not overwritten", who=str(home.root))
     if home.root.exists() and (not home.root.is_dir() or any(home.root.iterdir())):
@@ -72,18 +83,18 @@ def read_kit(home: SiteHome, folder: Path, roster_hash: str) -> tuple[Roster, Ki
 
 
 def policy_for(
-    kit: Kit,
+    terms: Terms,
     roster: Roster,
+    site: str,
     *,
     data: Path,
     modalities: Sequence[Modality],
     dataset_sites: Sequence[str] = (),
     epsilon_cap: float | None = None,
 ) -> SitePolicy:
-    """Return the tightest policy that lets a site take part in what its kit plans, by the code installed here."""
-    terms = kit.terms
+    """Return the tightest policy that lets a site take part in what is planned, by the code installed here."""
     return SitePolicy(
-        site=kit.site,
+        site=site,
         federation=roster.federation,
         roster_hash=roster.hash(),
         data=data.resolve(),

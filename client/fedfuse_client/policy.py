@@ -24,9 +24,10 @@ from fedfuse_shared.secagg.bounds import Bounds
 from fedfuse_shared.secagg.graph import COMPLETE
 from fedfuse_shared.secagg.ring import most_counted, wraps
 
-_KEPT_AT_SITE: Final = frozenset({"data", "dataset_sites", "modalities", "warm"})
+_KEPT_AT_SITE: Final = frozenset({"data", "dataset_sites", "modalities"})
 # Where the data lies and which modalities a site has must not be published, not even inside a hash: so few values
-# are possible that whoever sees the hash of one finds it by trying them all. How processes are used bounds nothing.
+# are possible that whoever sees the hash of one finds it by trying them all.
+_NOT_PUBLISHED: Final = _KEPT_AT_SITE | {"warm"}  # how a process is run promises nothing to anybody
 
 
 class SitePolicy(Frozen):
@@ -78,9 +79,9 @@ class SitePolicy(Frozen):
     plans: Annotated[tuple[Hex32, ...], Field(max_length=1000)] = ()
     """Hashes of the run configurations this site takes part in; empty: any within the bounds above."""
     bundles: Annotated[tuple[Hex32, ...], Field(max_length=1000)] = ()
-    """Hashes of the app bundles whose messages are answered (SHA-256); empty: none. No bundle is ever executed."""
+    """Hashes of the app bundles under which ``fedfuse site run`` answers; empty: none, so that it answers nothing."""
     warm: bool = True
-    """Keep one process that answers every message, which saves seconds; otherwise each has a fresh one."""
+    """Whether ``fedfuse site run`` answers from one process; ``false``: each message in a fresh one."""
 
     @property
     def record_sites(self) -> tuple[SiteName, ...]:
@@ -89,9 +90,9 @@ class SitePolicy(Frozen):
 
     def hash(self) -> str:
         """Return the hash of what is published of this policy (SHA-256, hexadecimal)."""
-        published = self.model_dump(mode="json", exclude=set(_KEPT_AT_SITE))
-        if not self.bundles:  # a policy from before they could be listed has the hash it had
-            del published["bundles"]
+        # Left out while empty: a policy from before there were bundles keeps its hash, and with it its leaf.
+        hidden = set(_NOT_PUBLISHED if self.bundles else _NOT_PUBLISHED | {"bundles"})
+        published = self.model_dump(mode="json", exclude=hidden)
         return hashlib.sha256(limits.LABEL_POLICY + canonical(published)).hexdigest()
 
     def leaf(self, seq: int, prev: str) -> records.Policy:

@@ -38,7 +38,7 @@ def run_site(folder: Path, *, insecure: bool, json_logs: bool) -> None:
     home = SiteHome(folder.absolute())
     policy = home.load_policy()
     connection = load_connection(home.connection)
-    reach = _reach(home, connection, insecure=insecure)
+    program = [_flower("flower-supernode"), *_reach(home, connection, insecure=insecure)]
     os.environ.update(_QUIET)
     # Flower's client obeys proxies, also on the way to its own SuperNode on this machine.
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(
@@ -50,11 +50,11 @@ def run_site(folder: Path, *, insecure: bool, json_logs: bool) -> None:
         _secret(home) as secret,
     ):
         journal.say(Event.STARTED, server=connection.address, mode="warm" if policy.warm else "fresh")
-        _serve(home, journal, reach, secret, warm=policy.warm)
+        _serve(home, journal, program, secret, warm=policy.warm)
         journal.say(Event.STOPPED)
 
 
-def _serve(home: SiteHome, journal: Journal, reach: Sequence[str], secret: Path, *, warm: bool) -> None:
+def _serve(home: SiteHome, journal: Journal, program: Sequence[str], secret: Path, *, warm: bool) -> None:
     # Imported here: Flower reads its environment when it is imported.
     from fedfuse_client.answers import Fresh, Warm
     from fedfuse_client.executor import Executor
@@ -68,10 +68,9 @@ def _serve(home: SiteHome, journal: Journal, reach: Sequence[str], secret: Path,
 
     def command(port: int) -> list[str]:
         return [
-            _flower("flower-supernode"),
+            *program,
             *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
             *("--host", "127.0.0.1", "--port", str(port)),
-            *reach,
         ]
 
     environment = {**os.environ, "FLWR_HOME": str(home.root / "flwr")}
@@ -103,7 +102,7 @@ def _reach(home: SiteHome, connection: Connection, *, insecure: bool) -> list[st
     if insecure:
         if not connection.is_loopback:
             raise ConfigError(
-                f"{connection.address} is not this machine: with --insecure anyone on the way reads and changes it all",
+                f"{connection.address} is another machine: with --insecure anyone on the way reads it all",
                 who=str(home.connection),
                 advice="leave --insecure out, or try on one machine with a loopback address",
             )

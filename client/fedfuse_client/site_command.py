@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedfuse_client.join_command import init, join
 from fedfuse_client.leave_command import leave
 from fedfuse_client.preflight_command import preflight
 from fedfuse_client.status_command import status
@@ -20,6 +21,8 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(help="The site's folder, with policy.toml and store.db.")]
 
+app.command()(init)
+app.command()(join)
 app.command()(preflight)
 app.command()(status)
 app.command()(leave)

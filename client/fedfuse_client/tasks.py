@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from threading import Lock
 from typing import Final
 
 import httpx
@@ -16,7 +15,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SubStatus
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -38,7 +37,6 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
-    pull_objects,
     push_objects,
     validate_object_content,
 )
@@ -107,17 +105,7 @@ class Tasks:
             return None
         self._token.token = answer.token
         given = self._client.PullTaskInput(PullTaskInputRequest())
-        bundle = hashlib.sha256(given.fab.content).hexdigest()
-        pulled = self._client.PullMessages(PullAppMessagesRequest())
-        if not pulled.messages_list or not pulled.message_object_trees:
-            self._client.PushTaskOutput(
-                PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="no message came with the task")
-            )
-            return None
-        message = message_from_proto(pulled.messages_list[0])
-        tree = pulled.message_object_trees[0]
-        message.metadata.__dict__["_message_id"] = tree.object_id
-        return Task(self._client, bundle, message, tree)
+        return Task(self._client, hashlib.sha256(given.fab.content).hexdigest())
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -127,36 +115,72 @@ class Tasks:
 class Task:
     """One message to answer; the SuperNode waits until there is a reply.
 
+    It makes a task before it has the message, and fetches the message's objects after that: until
+    :meth:`is_received` nothing else may be asked for.
+
     Attributes:
         bundle: Hash of the app bundle the message was sent with (SHA-256, hexadecimal), computed here.
-        message: The message's metadata, as the server wrote them; its content is :meth:`content`.
     """
 
-    def __init__(self, client: RuntimeHttpClient, bundle: str, message: Message, tree: ObjectTree) -> None:
+    def __init__(self, client: RuntimeHttpClient, bundle: str) -> None:
         self.bundle = bundle
-        self.message = message
         self._client = client
-        self._tree = tree
-        self._run = message.metadata.run_id
-        self._node = Node(node_id=message.metadata.dst_node_id)
+        self._message: Message | None = None
+        self._root = ""
+        self._missing: list[str] = []
+        self._contents: dict[str, bytes] = {}
+        self._problem = ""
+        self._room = _MAX_BYTES
         self._reply = ""
         self._heartbeat = HeartbeatSender(self._beat)
         self._heartbeat.start()
+
+    @property
+    def message(self) -> Message:
+        """The message's metadata, as the server wrote them."""
+        assert self._message is not None
+        return self._message
+
+    def is_received(self) -> bool:
+        """Take what has come of the message, and return whether that is all of it.
+
+        What is over a limit is waited for but not kept: a reply before the SuperNode has everything would be lost.
+
+        Raises:
+            httpx.HTTPError: the SuperNode is gone, or gave the message up.
+            ValueError: what the server wrote about the message is nothing Flower knows.
+        """
+        if self._message is None:
+            pulled = self._client.PullMessages(PullAppMessagesRequest())
+            if not pulled.messages_list or not pulled.message_object_trees:
+                return False
+            tree = pulled.message_object_trees[0]
+            self._root = tree.object_id
+            self._missing = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))[::-1]
+            if len(self._missing) > _MAX_OBJECTS:
+                self._problem = f"sent a message of more than {_MAX_OBJECTS} objects"
+                self._missing = self._missing[-_MAX_OBJECTS:]
+            self._message = message_from_proto(pulled.messages_list[0])
+            self._message.metadata.__dict__["_message_id"] = self._root
+        while self._missing:
+            found = self._pull(self._missing[-1])
+            if found.object_found and not found.object_available:
+                return False
+            self._keep(self._missing.pop(), found)
+        return True
 
     def content(self) -> RecordDict:
         """Return the message's records.
 
         Raises:
             ProtocolError: they are too many, too large, or malformed.
-            httpx.HTTPError: the SuperNode is gone.
         """
-        wanted = list(dict.fromkeys(tree.object_id for tree in iterate_object_tree(self._tree)))
-        if len(wanted) > _MAX_OBJECTS:
-            raise ProtocolError(f"sent a message of more than {_MAX_OBJECTS} objects", who=SERVER)
-        contents = _Bounded(self._client, self._node, self._run).pull(wanted)
+        if self._problem:
+            raise ProtocolError(self._problem, who=SERVER)
+        contents, self._contents = self._contents, {}
         try:
             _check(contents)
-            message = inflate_object_from_contents(self._tree.object_id, contents)
+            message = inflate_object_from_contents(self._root, contents)
         except ProtocolError:
             raise
         except Exception as problem:  # Flower's decoders raise whatever bad input makes Python raise
@@ -172,10 +196,9 @@ class Task:
             httpx.HTTPError: the SuperNode is gone.
         """
         # The message is dropped from the SuperNode's memory whether or not its content was looked at.
+        run, node = self.message.metadata.run_id, Node(node_id=self.message.metadata.dst_node_id)
         self._client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(
-                node=self._node, run_id=self._run, message_object_id=self._tree.object_id
-            )
+            ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=self._root)
         )
         reply = Message(answer, reply_to=self.message)
         reply.metadata.__dict__["_message_id"] = self._reply = reply.object_id
@@ -189,7 +212,7 @@ class Task:
             push_objects(
                 get_all_nested_objects(reply),
                 make_push_object_fn_protobuf(
-                    self._client.PushObject, self._node, run_id=self._run, session_id=pushed.session_id
+                    self._client.PushObject, node, run_id=run, session_id=pushed.session_id
                 ),
                 object_ids_to_push=set(pushed.objects_to_push),
             )
@@ -200,10 +223,7 @@ class Task:
         Raises:
             httpx.HTTPError: the SuperNode is gone.
         """
-        found = self._client.PullObject(
-            PullObjectRequest(node=self._node, run_id=self._run, object_id=self._reply)
-        )
-        return not found.object_found
+        return not self._pull(self._reply).object_found
 
     def finish(self) -> None:
         """End the task; nothing of it is kept, so the run's context stays as the SuperNode made it.
@@ -228,31 +248,22 @@ class Task:
             return True  # it counts the task as ended: nothing to be kept alive
         return True
 
-
-class _Bounded:
-    """Pulls objects until there are too many bytes."""
-
-    def __init__(self, client: RuntimeHttpClient, node: Node, run: int) -> None:
-        self._client = client
-        self._node = node
-        self._run = run
-        self._room = _MAX_BYTES
-        self._lock = Lock()  # Flower pulls in several threads
-
-    def pull(self, wanted: list[str]) -> dict[str, bytes]:
-        return pull_objects(wanted, self._one)
-
-    def _one(self, identifier: str) -> bytes:
-        answer = self._client.PullObject(
-            PullObjectRequest(node=self._node, run_id=self._run, object_id=identifier)
+    def _pull(self, identifier: str) -> PullObjectResponse:
+        asked = self.message.metadata
+        return self._client.PullObject(
+            PullObjectRequest(node=Node(node_id=asked.dst_node_id), run_id=asked.run_id, object_id=identifier)
         )
-        if not answer.object_found or not answer.object_available:
-            raise ProtocolError("sent a message of which a part is missing", who=SERVER)
-        with self._lock:
-            self._room -= len(answer.object_content)
-            if self._room < 0:
-                raise ProtocolError(f"sent a message of more than {_MAX_BYTES} bytes", who=SERVER)
-        return answer.object_content
+
+    def _keep(self, identifier: str, found: PullObjectResponse) -> None:
+        self._room -= len(found.object_content)
+        if not found.object_found:
+            self._problem = "sent a message of which a part is missing"
+        elif self._room < 0:
+            self._problem = f"sent a message of more than {_MAX_BYTES} bytes"
+        if self._problem:
+            self._contents.clear()
+        else:
+            self._contents[identifier] = found.object_content
 
 
 def _check(contents: dict[str, bytes]) -> None:

@@ -15,7 +15,7 @@ from typing import cast
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedfuse_server.books import Books
-from fedfuse_server.events import SiteLeftOut, tell
+from fedfuse_server.events import ExchangeEnded, SiteLeftOut, tell
 from fedfuse_server.exchange import Exchange
 from fedfuse_shared.envelope import Envelope, encode
 from fedfuse_shared.errors import ProtocolError, VerificationError
@@ -109,6 +109,7 @@ class Attempt:
             except (ProtocolError, VerificationError) as problem:
                 log.info("round %s: %s is left out of %s: %s", offer.round, site, step.value, problem)
                 tell(SiteLeftOut(offer.round, site, step.value, problem.message))
+        tell(ExchangeEnded(offer.round, offer.attempt, step.value, len(asked)))
 
     def _take_leaves(self, site: str, parcel: Parcel, context: str) -> None:
         for leaf in self.books.take(site, parcel.leaves):
@@ -117,6 +118,8 @@ class Attempt:
                 self._receipts[site] = cast("Envelope[Receipt]", leaf)
             elif isinstance(body, Refusal) and body.context == context:
                 self.refused.add(site)
+        if site in self.books.out:
+            raise ProtocolError("has left the federation", who=site)
 
 
 def _parcels(bodies: Mapping[str, bytes], vector: bytes = b"") -> dict[str, Parcel]:

@@ -30,6 +30,12 @@ MAX_PAGES: Final = 100
 GREETING: Final = 30.0
 """Longest wait for a node to say which site it is: one that hangs must not hold up every attempt (seconds)."""
 
+AGAIN: Final = 30.0
+"""Time after which a node that did not introduce itself is asked again (seconds)."""
+
+MAX_LOSSES: Final = 10
+"""Times in a row that the SuperLink may be lost while sites are awaited."""
+
 PAUSE: Final = 0.5
 """Between two looks for sites that are awaited (seconds)."""
 
@@ -59,6 +65,8 @@ class Attendance:
         self._key = key
         self._run = run
         self.nodes: dict[str, int] = {}
+        self._failed: dict[int, float] = {}
+        """When each node failed to introduce itself."""
 
     def gather(self, wait: float | None, least: int, also_out: Callable[[], set[str]]) -> None:
         """Meet all who are there; with a time to wait, until nobody is missing or it has passed.
@@ -69,6 +77,9 @@ class Attendance:
             wait: Seconds; None: whoever is there now is all there will be.
             least: Fewest sites a round needs.
             also_out: Sites that are not waited for besides those the ledger says are out.
+
+        Raises:
+            RoundAborted: the SuperLink was lost, again and again.
         """
         began, told = time.monotonic(), None
         while True:
@@ -102,7 +113,9 @@ class Attendance:
         """
         present = set(self._grid.get_node_ids())
         self.nodes = {site: node for site, node in self.nodes.items() if node in present}
-        strangers = present - set(self.nodes.values())
+        now = time.monotonic()
+        self._failed = {node: at for node, at in self._failed.items() if node in present and now - at < AGAIN}
+        strangers = present - set(self.nodes.values()) - self._failed.keys()
         if not strangers:
             return
         hello = Hello(federation=self._roster.federation, run=self._run, nonce=secrets.token_hex(32))
@@ -113,6 +126,7 @@ class Attendance:
             try:
                 met.append(self._meet(node, answer, hello))
             except (ProtocolError, VerificationError) as problem:
+                self._failed[node] = now
                 tell(SiteLeftOut(0, problem.who or f"node {node}", Step.HELLO.value, problem.message))
         self.settle(met)
 

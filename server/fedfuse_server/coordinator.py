@@ -162,6 +162,7 @@ class Coordinator:
     # --- before and after the rounds ------------------------------------------------------------------------
     def _meet(self) -> None:
         """Carry out what was ordered meanwhile, and see who is there."""
+        self._show_out()  # those of an earlier process must not even connect
         self._there.gather(self._wait, self._least(), lambda: self._out)
         before = len(self._books.given)
         self._orders.take_waiting()  # refusals are logged there
@@ -169,12 +170,16 @@ class Coordinator:
             self._there.settle(
                 sorted(self._books.revoked)
             )  # what they were charged for belongs on the ledger
+        self._show_out()
+        tell(SitesThere(tuple(sorted(self._there.nodes.keys() - self._books.out))))
+
+    def _show_out(self) -> None:
+        """Tell of sites that are out since it was last told."""
         if self._books.out - self._shown:
             self._shown |= self._books.out
             tell(SitesOut(tuple(sorted(self._books.out))))
             if self._excluded is not None:
                 self._excluded(self._books.out)
-        tell(SitesThere(tuple(sorted(self._there.nodes.keys() - self._books.out))))
 
     def _least(self) -> int:
         """Return the fewest sites the configured bounds allow a round with."""

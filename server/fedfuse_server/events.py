@@ -33,6 +33,16 @@ class SiteLeftOut:
 
 
 @dataclass(frozen=True)
+class ExchangeEnded:
+    """Every site that was asked has answered in one step of an attempt, or its time is over."""
+
+    round: int
+    attempt: int
+    step: str
+    asked: int
+
+
+@dataclass(frozen=True)
 class RoundOpened:
     """A sum was opened and applied; its close is on the ledger."""
 
@@ -88,6 +98,7 @@ Event = (
     | SitesOut
     | RoundStarted
     | SiteLeftOut
+    | ExchangeEnded
     | RoundOpened
     | RoundAbandoned
     | RunStopped

@@ -41,15 +41,19 @@ class Exchange:
             node: self.grid.create_message(pack(parcel), step.value, node, group, ttl=self.timeout)
             for node, parcel in parcels.items()
         }
-        asked = list(sent.values())
-        replies = self.grid.send_and_receive(asked, timeout=self.timeout)
+        replies = self.grid.send_and_receive(list(sent.values()), timeout=self.timeout)
+        # By what a reply answers: errors that the SuperLink makes itself come from its own node. A message over HTTP
+        # has no identifier before it is sent.
+        asked = {message.metadata.message_id: node for node, message in sent.items()}
         answers: dict[int, Parcel | ProtocolError] = {
             node: ProtocolError("did not answer in time", who=f"node {node}") for node in sent
         }
         for reply in replies:
-            node = reply.metadata.src_node_id
-            if node not in answers:
-                log.warning("a reply from node %s, which was not asked, is ignored", node)
+            node = asked.get(reply.metadata.reply_to_message_id)
+            if node is None or (reply.metadata.src_node_id != node and not reply.has_error()):
+                log.warning(
+                    "a reply from node %s, which was not asked, is ignored", reply.metadata.src_node_id
+                )
             elif reply.has_error():
                 said = "".join(c if c.isprintable() else "?" for c in str(reply.error.reason)[:_MAX_REASON])
                 answers[node] = ProtocolError(f"failed: {said}", who=f"node {node}")

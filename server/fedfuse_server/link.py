@@ -257,7 +257,15 @@ class LinkGrid(HttpGrid):
             for key in there.keys() - wanted:
                 control.UnregisterNode(UnregisterNodeRequest(node_id=there[key]))
             for key in sorted(wanted - there.keys()):
-                control.RegisterNode(RegisterNodeRequest(public_key=key, name=self._keys[key]))
+                try:
+                    control.RegisterNode(RegisterNodeRequest(public_key=key, name=self._keys[key]))
+                except httpx.HTTPStatusError as problem:
+                    # Flower registers no key twice: this one was out under an earlier roster.
+                    log.warning(
+                        "%s cannot connect (%s); move server/superlink.db away if it should",
+                        self._keys[key],
+                        problem,
+                    )
 
     def _acquire(self, run: int | None) -> str | None:
         """Take every task that waits; return the token of the run's own, and end all others as failed."""

@@ -159,7 +159,7 @@ def build(setup: Setup) -> uvicorn.Server:
         ssl_certfile=setup.certificate,
         ssl_keyfile=setup.key,
         server_header=False,
-        timeout_graceful_shutdown=3,
+        timeout_graceful_shutdown=1,
     )
     settings.load()
     if settings.ssl is not None:

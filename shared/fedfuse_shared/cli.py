@@ -24,6 +24,7 @@ SUMMARIES = {
     "graph": "Choose the neighbours and the threshold of a sparse graph, and show why.",
     "data": "Check and describe a folder of data.",
     "server": "Run a federation's server, take a site out of it, see where it stands.",
+    "provision": "Make a federation: certificate authority, signed roster, the server's folder and one kit per site.",
     "site": "Look after a site: what its data have spent, a backup of its store.",
 }
 

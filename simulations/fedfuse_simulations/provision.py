@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedfuse_client.home import SiteHome
-from fedfuse_client.policy import SitePolicy
+from fedfuse_client.joining import policy_for
 from fedfuse_server.home import RunHome
-from fedfuse_server.plan import bounds_for, cohort, evaluation, plan_hash
+from fedfuse_server.provisioning import terms
 from fedfuse_shared.config.base import OPERATOR, Modality
 from fedfuse_shared.config.federation import RunConfig
 from fedfuse_shared.config.files import save_toml
-from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.crypto.keys import identity_public
 from fedfuse_shared.envelope import encode, seal
-from fedfuse_shared.errors import ConfigError
 from fedfuse_shared.files import write_durably
 from fedfuse_shared.keyfile import create_key
 from fedfuse_shared.roster import Roster
@@ -38,14 +36,7 @@ def provision(
     Raises:
         ConfigError: the bounds of secure aggregation do not fit the number of sites.
     """
-    full = bounds_for(config, len(sites), cohort(config, len(sites)))
-    least = bounds_for(config, len(sites), full.min_survivors)
-    noise = config.privacy.noise_multiplier
-    if noise is None:
-        raise ConfigError(
-            "the noise multiplier is not set", advice="resolve the settings before provisioning"
-        )
-    evaluated = evaluation(config, len(sites))
+    asked = terms(config, len(sites))
     home.server_key.parent.mkdir(parents=True, mode=0o700)
     server = create_key(home.server_key)
     operator = create_key(home.server_key.parent / "operator.key")
@@ -60,30 +51,9 @@ def provision(
     write_durably(home.roster, enrolment)
     for name, folder in folders.items():
         write_durably(folder.roster, enrolment)
-        policy = SitePolicy(
-            site=name,
-            federation=config.federation,
-            roster_hash=roster.hash(),
-            data=data.resolve(),
-            modalities=modalities,
-            epsilon_cap=config.privacy.epsilon,
-            delta=config.privacy.delta,
-            # A round may go on with as many sites as may be opened over, under bounds no weaker than those.
-            min_participants=least.participants,
-            min_survivors=least.min_survivors,
-            min_threshold=least.threshold,
-            min_colluders=least.colluders,
-            trust=(config.privacy.trust,),
-            min_noise_multiplier=noise,
-            max_sampling_rate=config.privacy.sampling_rate,
-            max_steps_per_round=config.privacy.steps_per_round,
-            max_clip=config.privacy.clip,
-            graphs=(config.secure_aggregation.graph,),
-            schedule=Schedule.FREE if evaluated else Schedule.FIXED,
-            min_evaluation_noise=evaluated.noise if evaluated else None,
-            max_lifetime=config.secure_aggregation.lifetime,
-            plans=(plan_hash(config, len(sites)),),
-        )
+        policy = policy_for(asked, roster, name, data=data, modalities=modalities)
+        # One machine, one installation: it may be upgraded between two halves of a run.
+        policy = policy.model_copy(update={"models": (), "code": (), "bundles": ()})
         save_toml(folder.policy, policy)
     save_toml(home.config, config)
 

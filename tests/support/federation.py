@@ -52,6 +52,10 @@ class Federation:
 
     names: tuple[str, ...]
     seed: str = "federation"
+    officers: bool = False
+    """Whether the roster names a coordinator, ada, and an auditor, eve."""
+    coordinator: Ed25519PrivateKey = field(init=False)
+    auditor: Ed25519PrivateKey = field(init=False)
     keys: dict[str, Ed25519PrivateKey] = field(init=False)
     server: Ed25519PrivateKey = field(init=False)
     operator: Ed25519PrivateKey = field(init=False)
@@ -62,16 +66,29 @@ class Federation:
         self.keys = {name: Ed25519PrivateKey.from_private_bytes(draw(32)) for name in self.names}
         self.server = Ed25519PrivateKey.from_private_bytes(draw(32))
         self.operator = Ed25519PrivateKey.from_private_bytes(draw(32))
+        self.coordinator = Ed25519PrivateKey.from_private_bytes(draw(32))
+        self.auditor = Ed25519PrivateKey.from_private_bytes(draw(32))
+        named = {"ada": self.coordinator}, {"eve": self.auditor}
+        coordinators, auditors = (
+            {name: identity_public(key) for name, key in group.items()} if self.officers else {}
+            for group in named
+        )
         self.roster = Roster(
             federation="lab",
             operator=identity_public(self.operator),
             server=identity_public(self.server),
             sites={name: identity_public(key) for name, key in self.keys.items()},
+            coordinators=coordinators,
+            auditors=auditors,
         )
 
     @classmethod
     def of(cls, size: int) -> Federation:
         return cls(tuple(f"site{number:02}" for number in range(size)))
+
+    @classmethod
+    def with_officers(cls, size: int, seed: str = "federation") -> Federation:
+        return cls(tuple(f"site{number:02}" for number in range(size)), seed, officers=True)
 
     def offer(self, **changes: object) -> Offer:
         participants = changes.pop("participants", self.names)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+from fedfuse_shared.commands import Action, Command, CommandRefusal, hash_of
 from fedfuse_shared.config.base import OPERATOR, SERVER, Trust
 from fedfuse_shared.config.federation import GraphKind
 from fedfuse_shared.envelope import Body, Envelope, encode, seal
@@ -15,6 +16,7 @@ from fedfuse_shared.ledger.records import (
     FIRST_LINK,
     Charge,
     Close,
+    Leave,
     Outcome,
     Policy,
     Receipt,
@@ -45,6 +47,7 @@ class LedgerBuilder:
         self.chains = dict.fromkeys(self.federation.names, (0, FIRST_LINK))
         self.model_hash = digest("model", 0)
         self.round_number = 0
+        self.commands_given = 0
 
     # --- leaves ---------------------------------------------------------------------------------------------
     def enrol(self) -> LedgerBuilder:
@@ -111,6 +114,32 @@ class LedgerBuilder:
 
     def refuse(self, site: str, offer: Offer) -> Envelope[Any]:
         return self._chained(site, Refusal, {"context": offer.context(), "reason": "disk is full"}, {})
+
+    def leave(self, site: str) -> Envelope[Any]:
+        return self._chained(site, Leave, {"reason": "our grant ends"}, {})
+
+    def command(self, *, key: Any = None, author: str = "@coordinator/ada", **changes: Any) -> Envelope[Any]:
+        """A coordinator's command; to run the plan of every offer if nothing else is said."""
+        self.commands_given += 1
+        values = {
+            "federation": "lab",
+            "roster_hash": self.federation.roster.hash(),
+            "action": Action.RUN,
+            "plan_hash": self.federation.offer().plan_hash,
+            "site": None,
+            "reason": "as agreed",
+            "nonce": digest("nonce", self.commands_given),
+        }
+        return self._write(Command(**{**values, **changes}), author, key or self.federation.coordinator)
+
+    def revoke(self, site: str) -> Envelope[Any]:
+        return self.command(action=Action.REVOKE, plan_hash=None, site=site)
+
+    def refuse_command(self, command: Envelope[Any]) -> Envelope[Any]:
+        body = CommandRefusal(
+            command=hash_of(command), author=command.author, action=command.body.action, reason="not the role"
+        )
+        return self._write(body, SERVER, self.federation.server)
 
     def close(
         self, offer: Offer, sites: Sequence[str], *, agreers: Sequence[str] | None = None, **changes: Any

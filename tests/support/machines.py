@@ -32,11 +32,14 @@ class Machines:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "OMP_NUM_THREADS": "1",
+            "FEDFUSE_MACHINES": str(root),
         }
 
-    def start(self, name, *command):
+    def start(self, name, *command, **more):
+        """Start a command; ``more`` is added to its environment."""
         with (self.root / f"{name}.log").open("wb") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
+            environment = {**self.environment, **more}
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def flwr(self, *command):
         done = subprocess.run(
@@ -63,7 +66,7 @@ class Machines:
 
     def left(self):
         """Return what still runs of all that was started, by the environment it inherited: some detach."""
-        mark = f"FLWR_HOME={self.root / 'flwr'}".encode()
+        mark = f"FEDFUSE_MACHINES={self.root}".encode()
         found = []
         for environ in Path("/proc").glob("[0-9]*/environ"):
             try:

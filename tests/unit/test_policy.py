@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,14 @@ def test_nothing_published_depends_on_what_stays_at_the_site(tmp_path: Path, cha
     after = load_policy(write(tmp_path, **changes))
     assert before != after
     assert canonical(before.leaf(1, records.FIRST_LINK)) == canonical(after.leaf(1, records.FIRST_LINK))
+
+
+def test_a_policy_from_before_there_were_bundles_keeps_its_hash(policy: SitePolicy) -> None:
+    published = policy.model_dump(
+        mode="json", exclude={"data", "dataset_sites", "modalities", "bundles", "warm"}
+    )
+    assert policy.hash() == hashlib.sha256(limits.LABEL_POLICY + canonical(published)).hexdigest()
+    assert policy.bundles == ()
 
 
 def test_every_other_key_changes_the_hash(tmp_path: Path) -> None:

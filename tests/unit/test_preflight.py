@@ -11,8 +11,8 @@ import time
 
 import pytest
 from support.data_folder import rows, write_manifest
-from support.deployed_site import connect, write_site
 from support.federation import Federation
+from support.joined_site import connect, write_site
 from support.lone_site import NAME, PEERS
 from support.tls_server import Authority, says, sends, serving
 from typer.testing import CliRunner

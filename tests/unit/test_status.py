@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from support.deployed_site import write_site
 from support.federation import Federation
+from support.joined_site import write_site
 from support.lone_site import NAME, PEERS
 from support.tls_server import Authority
 from typer.testing import CliRunner
