@@ -116,3 +116,11 @@ class SiteHome:
             StateError: it is damaged, or another process holds it.
         """
         return SiteStore.open(self.store)
+
+    def view_store(self) -> SiteStore:
+        """Return the site's store to look at, also while the site is at work.
+
+        Raises:
+            StateError: it is missing or damaged.
+        """
+        return SiteStore.view(self.store)

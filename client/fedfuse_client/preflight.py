@@ -25,7 +25,6 @@ from fedfuse_client.home import SiteHome
 from fedfuse_client.learner import Learner
 from fedfuse_client.policy import SitePolicy
 from fedfuse_client.server_probe import LIMIT, Reached, authority_expires, probe
-from fedfuse_client.store import SiteStore
 from fedfuse_shared.bundle import bundle_hash
 from fedfuse_shared.errors import BudgetError, ConfigError, FedfuseError, StateError, VerificationError
 from fedfuse_shared.keyfile import load_node_public
@@ -252,7 +251,7 @@ def _data(policy: SitePolicy) -> Finding:
 
 
 def _budget(home: SiteHome, policy: SitePolicy) -> Finding:
-    with SiteStore.view(home.store) as store:
+    with home.view_store() as store:
         store.chain(policy.federation, policy.site).check_member()
         found = statements(store, policy)
     charged = [statement for statement in found if statement.more_rounds is not None]

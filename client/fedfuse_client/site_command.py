@@ -38,7 +38,7 @@ def budget(
 ) -> None:
     """Show what each data set has spent, by whom, what is left, and how many more rounds fit.
 
-    Everything comes from the site's own store: the server is not asked.
+    Everything comes from the site's own store, also while the site is at work: the server is not asked.
     """
     from pydantic_core import to_json
     from rich.console import Console
@@ -48,7 +48,7 @@ def budget(
 
     home = SiteHome(folder)
     policy = home.load_policy()
-    with home.open_store() as store, Console(stderr=True).status("accounting"):
+    with home.view_store() as store, Console(stderr=True).status("accounting"):
         found = statements(store, policy)
     if json:
         typer.echo(to_json({"site": policy.site, "budgets": found}))
@@ -110,14 +110,14 @@ def backup(
     folder: Folder,
     target: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
 ) -> None:
-    """Write a copy of the store, without the secrets of rounds in progress.
+    """Write a copy of the store, also while the site is at work, without the secrets of rounds in progress.
 
     A site restored from it refuses to train once the ledger shows something that the copy lacks: put back the newest
     one, and never run two copies of a site.
     """
     from fedfuse_client.home import SiteHome
 
-    with SiteHome(folder).open_store() as store:
+    with SiteHome(folder).view_store() as store:
         store.backup(target)
     typer.echo(target)
 

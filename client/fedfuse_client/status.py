@@ -12,7 +12,6 @@ from fedfuse_client.budget import Statement, statements
 from fedfuse_client.home import SiteHome
 from fedfuse_client.run_lock import holder
 from fedfuse_client.server_probe import authority_expires
-from fedfuse_client.store import SiteStore
 from fedfuse_shared.config.base import Hex32, Label, SiteName
 from fedfuse_shared.envelope import decode
 from fedfuse_shared.errors import FedfuseError
@@ -87,7 +86,7 @@ def status(home: SiteHome) -> Status:
         StateError: its store is missing or damaged.
     """
     policy = home.load_policy()
-    with SiteStore.view(home.store) as store:
+    with home.view_store() as store:
         chain = store.chain(policy.federation, policy.site)
         leaves = chain.head()[0]
         left = chain.latest(Leave)

@@ -29,7 +29,8 @@ import fedfuse_client
 import fedfuse_shared
 from fedfuse_client.data.tensors import RecordTensors
 from fedfuse_client.round import Site
-from fedfuse_shared import messages
+from fedfuse_shared import enrolment, messages
+from fedfuse_shared.commands import Command, CommandRefusal
 from fedfuse_shared.config.base import Modality, Trust
 from fedfuse_shared.config.evaluation import Detail
 from fedfuse_shared.config.model import EncoderConfig, ImageInput, ModelConfig
@@ -122,9 +123,13 @@ SITE_SENDS: dict[type, dict[str, Source]] = {
     records.Refusal: {"seq": P, "prev": C, "context": P, "reason": P},
     records.Receipt: {"seq": P, "prev": C, "context": P, "steps": P, "vector_hash": H},
     records.Leave: {"seq": P, "prev": C, "reason": P},
+    enrolment.SiteRequest: {"federation": P, "site": P, "identity": R, "node": R},
 }
 """Every type whose values can leave a site, field by field."""
 OTHERS_SEND = {
+    Command,
+    CommandRefusal,
+    enrolment.Kit,
     messages.Hello,
     messages.KeyList,
     messages.Delivery,

@@ -12,6 +12,7 @@ from support.lone_site import NAME, PEERS, Around, write_home
 from typer.testing import CliRunner
 
 from fedfuse_client.home import SiteHome
+from fedfuse_client.learner import Learner
 from fedfuse_client.leaving import leave
 from fedfuse_client.round import Site
 from fedfuse_client.run_lock import holder, only_one
@@ -101,6 +102,27 @@ def test_a_store_from_before_it_left_is_not_used(home: SiteHome, federation: Fed
         public = federation.keys[NAME].public_key().public_bytes_raw()
         with pytest.raises(StateError, match="was rolled back"):
             store.chain("lab", NAME).check_head(around.leaves[-1], public)
+
+
+def test_what_was_spent_comes_along_to_another_federation(home: SiteHome, federation: Federation, tmp_path):
+    def reserved(home: SiteHome, federation: Federation):
+        policy = home.load_policy()
+        with home.open_store() as store:
+            dataset = Learner(policy).dataset(store)
+            offer = federation.offer(federation=policy.federation)
+            leaf = store.chain(policy.federation, NAME).reserve(policy, offer, dataset, federation.keys[NAME])
+            return leaf.body, store.reservations(dataset)
+
+    before, _ = reserved(home, federation)
+    leave(home, "changing keys")
+    second = Federation((NAME, *PEERS), seed="second")
+    second.roster = second.roster.model_copy(update={"federation": "lab2"})
+    moved = write_home(tmp_path / "new", second, home.load_policy().data)
+    home.store.replace(moved.store)
+    Site(moved).close()
+    after, spent = reserved(moved, second)
+    assert after.elsewhere == (before.charge,)
+    assert len(spent) == 2
 
 
 def test_it_leaves_once(home: SiteHome):

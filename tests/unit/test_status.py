@@ -107,6 +107,21 @@ def test_a_look_writes_nothing_and_keeps_nobody_out(home, federation):
     assert home.store.read_bytes() == before
 
 
+def test_a_backup_is_made_beside_a_site_at_work_without_its_secrets(home, federation, tmp_path):
+    target = tmp_path / "backup.db"
+    with only_one(home), home.open_store() as store:
+        work(home, federation, store)
+        store.save_step("f" * 64, "keys", b"secret of a round", b"reply")
+        assert CliRunner().invoke(app, ["backup", str(home.root), str(target)]).exit_code == 0
+        assert CliRunner().invoke(app, ["budget", str(home.root)]).exit_code == 0
+        leaves = store.chain("lab", NAME).leaves_after(0)
+    assert b"secret of a round" not in target.read_bytes()
+    assert target.stat().st_mode & 0o077 == 0
+    with SiteStore.open(target) as copy:
+        assert copy.chain("lab", NAME).leaves_after(0) == leaves
+        assert copy.is_finished("f" * 64)
+
+
 def test_what_a_killed_site_left_in_its_log_is_seen_and_kept(home, federation):
     program = (
         "import os, signal, sys; from pathlib import Path; from fedfuse_client.home import SiteHome\n"
