@@ -46,7 +46,7 @@ def main() -> None:
     from flwr.supernode import start_client_internal  # noqa: PLC0415 - seconds, and only this process needs it
     from flwr.supernode.cli.flower_supernode import flower_supernode  # noqa: PLC0415
 
-    start_client_internal.time = Pace()  # type: ignore[assignment]
+    vars(start_client_internal)["time"] = Pace()
     flower_supernode()
 
 
