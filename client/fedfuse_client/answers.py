@@ -18,7 +18,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as Wire
 from fedfuse_client.home import SiteHome
 from fedfuse_client.policy import SitePolicy
 from fedfuse_client.round import Site
-from fedfuse_client.tied import die_with
+from fedfuse_client.tied import PYTHON, die_with
 from fedfuse_shared.config.base import SERVER
 from fedfuse_shared.errors import StateError
 from fedfuse_shared.messages import Step
@@ -152,7 +152,7 @@ class Fresh:
 
     def _ask(self, what: str, given: bytes) -> bytes:
         command = [
-            sys.executable,
+            *PYTHON,
             "-m",
             "fedfuse_client.answers",
             str(os.getpid()),

@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,11 @@ from fedfuse_client.connection import Connection, load_connection
 from fedfuse_client.home import SiteHome
 from fedfuse_client.journal import Event, Journal
 from fedfuse_client.run_lock import only_one
+from fedfuse_client.tied import PYTHON
 from fedfuse_shared.errors import ConfigError
 
+PROGRAM: Final = (*PYTHON, "-m", "fedfuse_client.supernode")
+"""Flower's SuperNode, as it is installed."""
 _POLL: Final = 0.1
 """Between two looks at the SuperNode's queue (seconds)."""
 _GRACE: Final = 30.0
@@ -37,7 +39,7 @@ def run_site(folder: Path, *, insecure: bool, json_logs: bool) -> None:
     home = SiteHome(folder.absolute())
     policy = home.load_policy()
     connection = load_connection(home.connection)
-    program = [sys.executable, "-m", "fedfuse_client.supernode", *_reach(home, connection, insecure=insecure)]
+    program = [*PROGRAM, *_reach(home, connection, insecure=insecure)]
     os.environ.update(_QUIET)
     # Flower's client obeys proxies, also on the way to its own SuperNode on this machine.
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(

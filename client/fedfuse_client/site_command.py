@@ -15,9 +15,7 @@ from fedfuse_client.status_command import status
 if TYPE_CHECKING:
     from fedfuse_client.budget import Statement
 
-app = typer.Typer(
-    help="Look after a site: what its data have spent, a backup of its store.", no_args_is_help=True
-)
+app = typer.Typer(help="Set up, check, run and look after a site.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="The site's folder, with policy.toml and store.db.")]
 

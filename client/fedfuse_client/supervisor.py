@@ -62,7 +62,8 @@ class SuperNode:
             self._next_start = self._clock() + self._pause
             self._journal.say(
                 Event.NODE_ENDED,
-                f"Flower's SuperNode ended; it is started again in {self._pause:.0f} s; see {self._log}",
+                f"Flower's SuperNode ended; it is started again in {self._pause:.0f} s; see {self._log}; "
+                "`fedfuse site preflight` tries the connection",
                 code=code,
             )
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)

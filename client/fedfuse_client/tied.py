@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
+PYTHON: Final = (sys.executable, "-P")
+"""This Python; without ``-P`` a module of ours would first be looked for where the command was given, and anybody may
+have put one there: who sent a kit or the data, whoever can write to /tmp."""
 
 
 def tied(command: Sequence[str]) -> list[str]:
@@ -17,7 +20,7 @@ def tied(command: Sequence[str]) -> list[str]:
 
     The thread that starts it must be one that lives as long as the process does: the kernel watches that thread.
     """
-    return [sys.executable, "-m", "fedfuse_client.tied", str(os.getpid()), *command]
+    return [*PYTHON, "-m", "fedfuse_client.tied", str(os.getpid()), *command]
 
 
 def die_with(parent: int) -> None:

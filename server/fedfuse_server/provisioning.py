@@ -17,7 +17,7 @@ from pydantic import Field
 
 from fedfuse_server.certificates import Certified, make_authority, make_server
 from fedfuse_server.home import RunHome
-from fedfuse_server.plan import bounds_for, cohort, evaluation, plan_hash, resolve
+from fedfuse_server.plan import bounds_for, cohort, evaluation, plan_hash, resolve, scale_for
 from fedfuse_shared import limits
 from fedfuse_shared.bundle import bundle_hash
 from fedfuse_shared.config.base import OPERATOR, Frozen, Hex32, Label, SiteName
@@ -207,6 +207,7 @@ def provision(config: FederationConfig, out: Path) -> Roster:
     requests = read_requests(config.requests, config.federation)
     run = resolve(config.run)
     asked = terms(run, len(requests))
+    _check_model(run, len(requests))
     if not out.parent.is_dir():
         raise ConfigError("is in no folder that exists", who=str(out), advice=f"mkdir -p {out.parent}")
     made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # mode 0700
@@ -217,6 +218,18 @@ def provision(config: FederationConfig, out: Path) -> Roster:
         shutil.rmtree(made, ignore_errors=True)
         raise
     return roster
+
+
+def _check_model(run: RunConfig, sites: int) -> None:
+    """Refuse a model that no site could build, and a ring that its sum does not fit, before anybody has a kit.
+
+    Raises:
+        ConfigError: an unknown encoder, or a ring that is too narrow.
+    """
+    from fedfuse_shared.models import outline  # noqa: PLC0415 - imports torch
+
+    segments, _ = outline(run.model)
+    scale_for(run, bounds_for(run, sites, cohort(run, sites)), sum(segment.size for segment in segments))
 
 
 def _write(

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _OPEN: Final = ("/v1/fleet/", "/health")
 _PR_SET_PDEATHSIG: Final = 1
+CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
+"""Of TLS 1.2: forward secrecy and authenticated encryption only, as TLS 1.3 has no others."""
 _MAX_SETUP: Final = 64 * 1024
 
 
@@ -164,6 +166,7 @@ def build(setup: Setup) -> uvicorn.Server:
     settings.load()
     if settings.ssl is not None:
         settings.ssl.minimum_version = ssl.TLSVersion.TLSv1_2  # 1.3 with whoever speaks it
+        settings.ssl.set_ciphers(CIPHERS)
     return uvicorn.Server(settings)
 
 

@@ -179,7 +179,8 @@ class SuperLink:
         with self._log_file.open("ab") as file:
             # A session of its own: Ctrl-C at the terminal is the coordinator's to handle.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fedfuse_server.superlink"],
+                # -P: no module is taken from the folder the command was given in.
+                [sys.executable, "-P", "-m", "fedfuse_server.superlink"],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -25,7 +25,7 @@ SUMMARIES = {
     "data": "Check and describe a folder of data.",
     "server": "Run a federation's server, take a site out of it, see where it stands.",
     "provision": "Make a federation: certificate authority, signed roster, the server's folder and one kit per site.",
-    "site": "Look after a site: what its data have spent, a backup of its store.",
+    "site": "Set up, check, run and look after a site.",
 }
 
 EPILOG = (

@@ -56,7 +56,7 @@ def load_node_public(path: Path) -> str:
     """
     try:
         key = load_ssh_private_key(_read_secret(path), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError) as problem:
+    except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm, InternalError) as problem:
         raise StateError("file holds no private key that can be used", who=str(path)) from problem
     if not (isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP384R1)):
         raise StateError("file holds no key on the curve P-384", who=str(path))

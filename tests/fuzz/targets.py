@@ -327,6 +327,69 @@ def parcel_seeds() -> list[bytes]:
     return [whole, b"\0\x09\0" + whole]
 
 
+def kits() -> Callable[[bytes], object]:
+    """What sites, operators and coordinators send each other outside rounds; the first byte says which file."""
+    from fedfuse_client.connection import load_connection
+    from fedfuse_server.provisioning import load_federation
+    from fedfuse_shared.commands import Command, check_command
+    from fedfuse_shared.enrolment import check_kit, check_node_key, check_request
+    from fedfuse_shared.envelope import decode
+    from fedfuse_shared.keyfile import load_node_public
+
+    roster = Federation.with_officers(3).roster
+    readers: tuple[Callable[[bytes], object], ...] = (
+        lambda data: check_request(data, who="a site"),
+        lambda data: check_node_key(data.decode("latin-1"), who="a site"),
+        file_target(load_node_public, "node.key"),
+        lambda data: check_kit(data, roster, site="site00", who="a kit"),
+        file_target(load_connection, "connection.toml"),
+        file_target(load_federation, "federation.toml"),
+        lambda data: check_command(decode(data, Command, who="a command"), roster),
+    )
+
+    def work(data: bytes) -> None:
+        if data:
+            readers[data[0] % len(readers)](data[1:])
+
+    return work
+
+
+def kit_seeds() -> list[bytes]:
+    from fedfuse_client.home import SiteHome
+    from fedfuse_client.joining import initialise
+    from fedfuse_shared.commands import Action, Command
+    from fedfuse_shared.config.base import COORDINATOR
+    from fedfuse_shared.envelope import encode, seal
+
+    shutil.rmtree(folder() / "site", ignore_errors=True)
+    home = SiteHome(folder() / "site")
+    request = initialise(home, "site00", "lab").read_bytes().rstrip()
+    federation = Federation.with_officers(3)
+    command = Command(
+        federation="lab",
+        roster_hash=federation.roster.hash(),
+        action=Action.RUN,
+        plan_hash="1" * 64,
+        site=None,
+        reason="",
+        nonce="2" * 64,
+    )
+    settings = (
+        b'federation = "lab"\naddress = "a.example:1"\n[coordinators]\nanna = ""\n[run]\nrounds = 1\n'
+        b'[run.model]\nclasses = ["a", "b"]\n[run.model.encoders.text]\nname = "hashed-words"\n'
+    )
+    files = (
+        request,
+        request.split(b'"node":"')[1].split(b'"')[0],
+        home.node_key.read_bytes(),
+        request,
+        b'address = "a.example:1"\n',
+        settings,
+        encode(seal(command, COORDINATOR + "ada", federation.coordinator)),
+    )
+    return [bytes([number]) + content for number, content in enumerate(files)]
+
+
 # --- the ledger ---------------------------------------------------------------------------------------------
 def ledgers() -> Callable[[bytes], object]:
     from fedfuse_shared.ledger.log import read_ledger
@@ -554,6 +617,7 @@ TARGETS = {
     "rolls": Target(rolls, lambda: [b"\5\xff\x01", b"\x20" + b"\xaa" * 5], 64),
     "secrets": Target(secrets, secret_seeds),
     "parcels": Target(parcels, parcel_seeds, 1024),
+    "kits": Target(kits, kit_seeds),
     "ledgers": Target(ledgers, ledger_seeds, 65_536),
     "checkpoints": Target(checkpoints, checkpoint_seeds, 1024),
     "settings": Target(settings, settings_seeds, 2048),

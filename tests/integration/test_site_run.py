@@ -55,9 +55,10 @@ def start(machines, home, name="site"):
 def has_come_up(process):
     """Return whether the launcher has become the SuperNode, so that it is tied to its parent."""
     try:
-        return b"flower-supernode" in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[1]
-    except (OSError, IndexError):
+        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
         return False
+    return b"fedfuse_client.supernode" in words and b"fedfuse_client.tied" not in words
 
 
 # --- what it demands ------------------------------------------------------------------------------------------------

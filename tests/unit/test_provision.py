@@ -395,6 +395,20 @@ def test_a_federation_without_a_coordinator_is_refused(own):
     provisioning_fails(own, FedfuseError, "coordinators")
 
 
+def test_a_model_that_no_site_could_build_is_refused(own):
+    (own / "federation.toml").write_text(SETTINGS.replace("oriented-gradients", "oriental-gradients"))
+    provisioning_fails(own, ConfigError, "oriental-gradients")
+
+
+def test_a_plan_without_privacy_is_not_joined(own):
+    """Whoever wants that has to write it down, and not to press return."""
+    (own / "federation.toml").write_text(SETTINGS + '\n[run.privacy]\ntrust = "none"\n')
+    call("provision", own / "federation.toml", "--out", own / "open")
+    kit = own / "open/sites/lyon"
+    hash_ = json.loads((kit / "kit.json").read_bytes())["body"]["roster_hash"]
+    refused(own, ConfigError, "without any privacy", kit=kit, roster_hash=hash_)
+
+
 def test_a_failure_half_way_leaves_nothing(own, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
