@@ -69,7 +69,7 @@ class Chaos:
         self._relays = {}
         self._began = time.monotonic()
         self.faults = Counter()
-        self.restarts = Counter()
+        self.ended = Counter()
 
     def play(self):
         """Open the rounds, and return what came of it."""
@@ -84,14 +84,16 @@ class Chaos:
             opened = run.rounds()
             while opened < self._rounds:
                 pause(self._numbers.uniform(*BETWEEN))
+                self._count_ended()
+                self._run.heal()
                 self._fault()
-                self._heal()
+                self._run.heal()
                 if run.rounds() > opened:
                     opened, last = run.rounds(), time.monotonic()
                 if time.monotonic() - last > STUCK:
                     raise AssertionError(f"no round was opened for {STUCK:g} s\n{run.last_words()}")
             seconds = time.monotonic() - self._began
-            self._heal()
+            run.heal()
             run.next_round(sites=SITES)  # everybody is still able to take part
             run.settled()
             return self._summary(*run.finish(), seconds)
@@ -133,14 +135,10 @@ class Chaos:
                 pause(cut)
                 self._relays[site].mend()
 
-    def _heal(self):
-        """Start what does not run; that it ended without having been killed counts."""
-        for site in SITES:
-            if not self._run.is_up(site):
-                self.restarts["site"] += 1
-        if not self._run.is_serving():
-            self.restarts["server"] += 1
-        self._run.heal()
+    def _count_ended(self):
+        """Count what ended by itself since the last fault: a run that stopped after three aborted attempts, say."""
+        self.ended["sites"] += sum(not self._run.is_up(site) for site in SITES)
+        self.ended["servers"] += not self._run.is_serving()
 
     def _summary(self, report, missing, seconds):
         events = self._run.events()
@@ -155,7 +153,7 @@ class Chaos:
             "attempts": started,
             "aborted": len(self._run.aborted()),
             "faults": dict(sorted(self.faults.items())),
-            "restarts": dict(self.restarts),
+            "ended_by_themselves": dict(self.ended),
             "left_out": sum(event["event"] == "SiteLeftOut" for event in events),
             "reservations": sum(site.reservations for site in report.sites),
             "ledger": "verifies" if report.ok else "does not verify",
@@ -171,6 +169,8 @@ def shown(summary, console):
     table.add_column("", justify="right")
     for kind, count in summary["faults"].items():
         table.add_row(kind, str(count))
+    for kind, count in summary["ended_by_themselves"].items():
+        table.add_row(f"{kind} that ended by themselves", str(count))
     for name in ("attempts", "aborted", "rounds", "reservations", "seconds"):
         table.add_row(name, str(summary[name]))
     table.add_row("ledger", summary["ledger"])

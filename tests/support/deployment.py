@@ -279,7 +279,8 @@ def freeze(process, seconds):
     """Stop a process and all its children where they are, and let them go on after a while."""
     group = [process.pid, *_children(process.pid)]
     for pid in group:
-        os.kill(pid, signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
 
     def go_on():
         for pid in group:
@@ -296,7 +297,8 @@ def freeze(process, seconds):
 
 def _children(pid):
     found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *_children(int(child))]
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *_children(int(child))]
     return found

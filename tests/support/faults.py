@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -89,9 +90,17 @@ class LongRun(Deployment):
             self.serve()
 
     def kill_superlink(self):
-        """Kill the SuperLink, and return its process."""
-        pid = self.wait(lambda: self.server.standing.exists() and self.superlink(), AGES, 0.05)
-        os.kill(pid, signal.SIGKILL)
+        """Kill the SuperLink, and return its process; None where the server ended before it told of one."""
+
+        def told():
+            return not self.is_serving() or (self.server.standing.exists() and self.superlink())
+
+        self.wait(told, AGES, 0.05)
+        if not self.is_serving():
+            return None
+        pid = self.superlink()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
         return pid
 
     # --- moments --------------------------------------------------------------------------------------------
