@@ -8,7 +8,10 @@ seldom as Flower's own. Nothing else of it is changed, and the version of Flower
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Final
 
@@ -42,12 +45,24 @@ class Pace:
 
 
 def main() -> None:
-    """Run Flower's SuperNode at our pace."""
+    """Run Flower's SuperNode at our pace, and end when it gives up."""
     from flwr.supernode import start_client_internal  # noqa: PLC0415 - seconds, and only this process needs it
     from flwr.supernode.cli.flower_supernode import flower_supernode  # noqa: PLC0415
 
     vars(start_client_internal)["time"] = Pace()
-    flower_supernode()
+    code = 1
+    try:
+        flower_supernode()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except Exception:  # noqa: BLE001 - whatever it gave up over, its supervisor starts it again
+        traceback.print_exc()
+    finally:
+        # Flower gives up where a TLS handshake is broken off, and the thread of its Runtime API then kept a process
+        # alive that nobody could reach any more.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

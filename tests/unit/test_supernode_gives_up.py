@@ -1,0 +1,40 @@
+"""When Flower's SuperNode gives up, its process ends, so that the site starts it again; with a real one in test_faults."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys, threading
+from flwr.supernode.cli import flower_supernode as cli
+
+def gives_up():
+    threading.Thread(target=threading.Event().wait).start()  # as its Runtime API does, which keeps serving
+    {end}
+
+sys.modules["flwr.supernode.cli.flower_supernode"].flower_supernode = gives_up
+from fedfuse_client.supernode import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("raise OSError('EOF occurred in violation of protocol')", 1, "EOF occurred"),
+        ("raise SystemExit(0)", 0, ""),
+        ("return", 1, ""),
+    ],
+)
+def test_its_process_ends_whatever_still_runs_in_it(end, code, said):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(end=end)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
