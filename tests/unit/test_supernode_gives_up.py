@@ -1,4 +1,4 @@
-"""When Flower's SuperNode gives up, its process ends, so that the site starts it again; with a real one in test_faults."""
+"""When Flower's SuperNode gives up its process ends, so that the site starts it again; test_faults has a real one."""
 
 import subprocess
 import sys
