@@ -195,11 +195,11 @@ FAKETIME = Path("/usr/lib") / f"{os.uname().machine}-linux-gnu" / "faketime" / "
 def test_the_clock_of_a_site_is_off_by_an_hour(run, offset):
     wrong = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": offset, "DONT_FAKE_MONOTONIC": "1"}
     run.stop_site(VICTIM)
-    before, said = run.rounds(), len(run.log_of(VICTIM))
+    before, said = run.rounds(), len(run.said(VICTIM))
     run.start_site(VICTIM, **wrong)
     try:
         assert set(OTHERS) <= set(run.next_round(of=before))
-        run.until(lambda: "clock" in "".join(run.log_of(VICTIM)[said:]))
+        run.until(lambda: any("clock" in line.get("text", "") for line in run.said(VICTIM)[said:]))
         found = run.preflight(VICTIM, **wrong)
         named = [found[name] for name in ("tls", "clock") if found[name]["state"] == "fail"]
         assert any("clock" in f"{one['check']} {one['advice']}" for one in named), found
