@@ -16,6 +16,7 @@ from fedfuse_shared.config.federation import GraphKind, Lifetime
 from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate, Schedule
 from fedfuse_shared.envelope import Body, Envelope, decode, verify
 from fedfuse_shared.errors import ProtocolError, VerificationError
+from fedfuse_shared.keyfile import is_node_key
 from fedfuse_shared.offer import SiteCount
 from fedfuse_shared.roster import Roster
 
@@ -88,12 +89,18 @@ def check_request(raw: bytes, *, who: str) -> Envelope[SiteRequest]:
     """Return a request whose sender holds the key in it.
 
     Raises:
-        ProtocolError: malformed, or in another site's name.
+        ProtocolError: malformed, in another site's name, or with a connection's key that is none.
         VerificationError: its signature does not hold.
     """
     envelope = decode(raw, SiteRequest, who=who, limit=MAX_REQUEST)
     if envelope.author != envelope.body.site:
         raise ProtocolError(f"is signed in the name of {envelope.author}, not {envelope.body.site}", who=who)
+    if not is_node_key(envelope.body.node):
+        raise ProtocolError(
+            "has a key of connections that is none, or not as OpenSSH writes it",
+            who=who,
+            advice="have the site make its own: fedfuse site init",
+        )
     verify(envelope, bytes.fromhex(envelope.body.identity))
     return envelope
 
