@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from support.deployed_site import write_site
 from support.lone_site import Around
 from support.served import free_port, three_sites
@@ -15,6 +17,11 @@ from fedfuse_client.answers import Fresh
 from fedfuse_client.run_command import PROGRAM
 from fedfuse_client.tied import tied
 from fedfuse_server.supervisor import Listening, SuperLink
+from fedfuse_shared.crypto.keys import identity_public
+from fedfuse_shared.enrolment import SiteRequest, check_request
+from fedfuse_shared.envelope import encode, seal
+from fedfuse_shared.errors import ProtocolError
+from fedfuse_shared.keyfile import create_node_key
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -67,3 +74,30 @@ def test_the_superlink_is_not_taken_from_there(where, tmp_path):
     finally:
         superlink.stop()
     assert not (where / "ran").exists()
+
+
+# --- requests ------------------------------------------------------------------------------------------------------
+def request(node: str) -> bytes:
+    """A request of an applicant, whole in every other way."""
+    key = Ed25519PrivateKey.generate()
+    body = SiteRequest(federation="demo", site="bern", identity=identity_public(key), node=node)
+    return encode(seal(body, "bern", key))
+
+
+def test_a_key_of_connections_has_one_spelling(tmp_path):
+    """Two spellings were two keys to the operator and one to the server: revoking one site shut the other out."""
+    lyon = create_node_key(tmp_path / "node.key")
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    last = lyon[-3]  # before "=="; only its first two bits count
+    copied = lyon[:-3] + digits[digits.index(last) ^ 1] + "=="
+    assert load_ssh_public_key(copied.encode()) == load_ssh_public_key(lyon.encode())
+    assert check_request(request(lyon), who="request").body.node == lyon
+    with pytest.raises(ProtocolError, match="key of connections"):
+        check_request(request(copied), who="request")
+
+
+@pytest.mark.parametrize("text", ["A" * 100, "A" * 184, "A" * 182 + "=="])
+def test_a_key_of_connections_that_is_none_is_refused(text):
+    """It was found out when the server started: the whole federation had to be provisioned anew."""
+    with pytest.raises(ProtocolError, match="key of connections"):
+        check_request(request(f"ecdsa-sha2-nistp384 {text}"), who="request")
