@@ -12,11 +12,9 @@ ends with the one that started it, however that ends.
 
 from __future__ import annotations
 
-import ctypes
 import hmac
 import json
 import os
-import signal
 import ssl
 import sys
 from collections.abc import Sequence
@@ -33,11 +31,12 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
+from fedfuse_shared.tied import die_with
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 _OPEN: Final = ("/v1/fleet/", "/health")
-_PR_SET_PDEATHSIG: Final = 1
 CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """Of TLS 1.2: forward secrecy and authenticated encryption only, as TLS 1.3 has no others."""
 _MAX_SETUP: Final = 64 * 1024
@@ -168,15 +167,6 @@ def build(setup: Setup) -> uvicorn.Server:
         settings.ssl.minimum_version = ssl.TLSVersion.TLSv1_2  # 1.3 with whoever speaks it
         settings.ssl.set_ciphers(CIPHERS)
     return uvicorn.Server(settings)
-
-
-def die_with(parent: int) -> None:
-    """Ask the kernel to end this process when its parent ends, and end it now if that has happened."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
-    if os.getppid() != parent:
-        sys.exit(1)
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ from support.served import free_port, three_sites
 
 from fedfuse_client.answers import Fresh
 from fedfuse_client.run_command import PROGRAM
-from fedfuse_client.tied import tied
 from fedfuse_server.supervisor import Listening, SuperLink
 from fedfuse_shared.crypto.keys import identity_public
 from fedfuse_shared.enrolment import SiteRequest, check_request
 from fedfuse_shared.envelope import encode, seal
 from fedfuse_shared.errors import ProtocolError
 from fedfuse_shared.keyfile import create_node_key
+from fedfuse_shared.tied import tied
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -46,7 +46,7 @@ def where(tmp_path, monkeypatch) -> Path:
 
 def test_that_folder_would_be_imported_from(where):
     """The attack itself: Python puts the working directory first for ``-m``."""
-    assert subprocess.run([sys.executable, "-m", "fedfuse_client.tied"], check=False).returncode == 3
+    assert subprocess.run([sys.executable, "-m", "fedfuse_shared.tied"], check=False).returncode == 3
     assert (where / "ran").exists()
 
 
