@@ -10,16 +10,23 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from support.deployed_site import write_site
+from support.federation import Federation
 from support.lone_site import Around
 from support.served import free_port, three_sites
 
+from fedfuse_client import join_command
 from fedfuse_client.answers import Fresh
+from fedfuse_client.joining import policy_for
+from fedfuse_client.policy import SitePolicy
 from fedfuse_client.run_command import PROGRAM
 from fedfuse_server.supervisor import Listening, SuperLink
+from fedfuse_shared.config.base import Modality, Trust
+from fedfuse_shared.config.federation import GraphKind
+from fedfuse_shared.config.privacy import Schedule
 from fedfuse_shared.crypto.keys import identity_public
-from fedfuse_shared.enrolment import SiteRequest, check_request
+from fedfuse_shared.enrolment import Kit, SiteRequest, Terms, check_request
 from fedfuse_shared.envelope import encode, seal
-from fedfuse_shared.errors import ProtocolError
+from fedfuse_shared.errors import ConfigError, ProtocolError
 from fedfuse_shared.keyfile import create_node_key
 from fedfuse_shared.tied import tied
 
@@ -101,3 +108,56 @@ def test_a_key_of_connections_that_is_none_is_refused(text):
     """It was found out when the server started: the whole federation had to be provisioned anew."""
     with pytest.raises(ProtocolError, match="key of connections"):
         check_request(request(f"ecdsa-sha2-nistp384 {text}"), who="request")
+
+
+# --- what a person agrees to ---------------------------------------------------------------------------------------
+SHOWN_ELSEWHERE = {"site", "federation", "roster_hash", "dataset_sites", "warm"}
+"""In the title, given by the person, or about nothing but how a process is run."""
+
+
+def kit(**changes: object) -> Kit:
+    values = {
+        "rounds": 3,
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "min_participants": 3,
+        "min_survivors": 3,
+        "min_threshold": 3,
+        "min_colluders": 0,
+        "trust": Trust.SITE,
+        "min_noise_multiplier": 1.0,
+        "max_sampling_rate": 0.1,
+        "max_steps_per_round": 5,
+        "max_clip": 1.0,
+        "graph": GraphKind.COMPLETE,
+        "max_lifetime": 3600,
+        "schedule": Schedule.FIXED,
+        "min_evaluation_noise": None,
+        **dict.fromkeys(("model", "plan", "bundle"), "0" * 64),
+    }
+    terms = Terms(**{**values, **changes})
+    return Kit(roster_hash="0" * 64, site="bern", address="[fe80::1]:8000", authority="", terms=terms)
+
+
+def policy_of(kit: Kit, tmp_path: Path) -> SitePolicy:
+    roster = Federation.of(3).roster
+    return policy_for(kit.terms, roster, "bern", data=tmp_path, modalities=(Modality.TEXT,))
+
+
+def test_every_key_of_a_policy_is_shown_before_it_is_agreed_to(tmp_path, capsys, monkeypatch):
+    """A sparse graph, released counts and small cohorts came with a kit and were on no line of the table."""
+    monkeypatch.setenv("COLUMNS", "200")
+    loose = kit(graph=GraphKind.SPARSE, min_evaluation_noise=2.0, schedule=Schedule.FREE)
+    policy = policy_of(loose, tmp_path).model_copy(update={"max_epsilon_all_collude": 9.0})
+    join_command._show(loose, policy)
+    shown = capsys.readouterr().out
+    assert [key for key in SitePolicy.model_fields if key not in SHOWN_ELSEWHERE and key not in shown] == []
+    assert "TRUST THE SERVER" in shown
+    assert "COUNTS OF TEST ROWS LEAVE" in shown
+    assert "[fe80::1]:8000" in shown, "not taken for markup"
+
+
+def test_no_kit_makes_a_site_train_without_noise(tmp_path):
+    """Under `none` the cap is never asked, and the table showed it as what bounds the run."""
+    with pytest.raises(ConfigError, match="adds no noise"):
+        policy_of(kit(trust=Trust.NONE, min_noise_multiplier=1e-9), tmp_path)
