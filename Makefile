@@ -5,11 +5,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RUN    ?= runs/demo
 SECONDS ?= 60
+ROUNDS ?= 100
 
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: setup demo test test-fast test-full test-browser model fuzz lint bench lock clean
+.PHONY: setup demo test test-fast test-full test-browser model fuzz lint bench chaos lock clean
 
 setup: $(READY)
 
@@ -65,6 +66,10 @@ fuzz: setup
 
 bench: setup
 	$(BIN)/python bench/run.py $(ONLY)
+
+# Random faults in a running deployment until ROUNDS rounds are opened; SEED=number repeats those of a run before.
+chaos: setup
+	$(BIN)/python tests/chaos/run.py --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
 
 # Rewrites the lock after pyproject.toml changed: hashes, and no address of any registry.
 lock: setup

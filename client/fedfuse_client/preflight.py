@@ -24,13 +24,11 @@ from fedfuse_client.data.check import check_folder
 from fedfuse_client.home import SiteHome
 from fedfuse_client.learner import Learner
 from fedfuse_client.policy import SitePolicy
-from fedfuse_client.server_probe import LIMIT, Reached, authority_expires, probe
+from fedfuse_client.server_probe import LIMIT, Reached, authority_expires, check_clock, probe
 from fedfuse_shared.bundle import bundle_hash
 from fedfuse_shared.errors import BudgetError, ConfigError, FedfuseError, StateError, VerificationError
 from fedfuse_shared.keyfile import load_node_public
 
-MAX_AHEAD: Final = 30.0
-"""Most that this machine's clock may differ from the server's (seconds)."""
 ROOM: Final = 2**30
 """Least room on the site's disk (bytes): its store, a masked vector in it, and its logs."""
 DAYS_LEFT: Final = 30
@@ -286,16 +284,7 @@ def _tls(home: SiteHome, reached: list[Reached], limit: float, clock: Callable[[
 
 
 def _clock(server: Reached) -> Finding:
-    if server.ahead is None:
-        raise server.no_time or StateError("the server's time is not known")
-    off = abs(server.ahead)
-    said = f"{off:.0f} s {'ahead of' if server.ahead > 0 else 'behind'} the server's"
-    if not off <= MAX_AHEAD:
-        raise StateError(
-            f"{said}, at most {MAX_AHEAD:g} s are borne",
-            advice="set this machine's clock (by NTP); if it is right, tell the operator",
-        )
-    return Finding("clock", State.PASS, said if off >= 1 else "agrees with the server's")
+    return Finding("clock", State.PASS, check_clock(server))
 
 
 def passed(findings: list[Finding]) -> bool:

@@ -35,6 +35,7 @@ _SAYABLE = (PolicyError, BudgetError, ProtocolError, VerificationError)
 
 LEAVES_PER_ANSWER = 1000
 """Leaves of the chain handed over at once; the server asks again while there are more."""
+_OWN_LOG = "cannot take part in this step; the reason is in the site's own log"
 _MAX_REASON = 400
 _CLOCK_STEP = 300
 """How far a clock may be put back while an attempt goes on (seconds): time servers correct by less."""
@@ -93,9 +94,12 @@ class Site:
                 body, vector = self._in_round(step, parcel)
         except _SAYABLE as error:
             problem = str(error)
+        except StateError as error:  # of this site's files: its words are for its operator
+            log.error("%s: step %s failed: %s", self._policy.site, step.value, error)  # noqa: TRY400 - no bug
+            problem = _OWN_LOG
         except Exception:  # whatever else went wrong may hold file names, rows or counts: those stay here
             log.exception("%s: step %s failed", self._policy.site, step.value)
-            problem = "cannot take part in this step; the reason is in the site's own log"
+            problem = _OWN_LOG
         if (
             step is not Step.HELLO
         ):  # the server does not know yet who asks, nor what it has of this site's chain

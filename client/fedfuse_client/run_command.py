@@ -51,14 +51,17 @@ def run_site(folder: Path, *, insecure: bool, json_logs: bool) -> None:
         _secret(home) as secret,
     ):
         journal.say(Event.STARTED, server=connection.address, mode="warm" if policy.warm else "fresh")
-        _serve(home, journal, program, secret, warm=policy.warm)
+        _serve(home, journal, program, secret, warm=policy.warm, watched=not insecure)
         journal.say(Event.STOPPED)
 
 
-def _serve(home: SiteHome, journal: Journal, program: Sequence[str], secret: Path, *, warm: bool) -> None:
+def _serve(
+    home: SiteHome, journal: Journal, program: Sequence[str], secret: Path, *, warm: bool, watched: bool
+) -> None:
     # Imported here: Flower reads its environment when it is imported.
     from fedfuse_client.answers import Fresh, Warm
     from fedfuse_client.executor import Executor
+    from fedfuse_client.server_watch import ServerWatch, trouble
     from fedfuse_client.supervisor import SuperNode
     from fedfuse_client.tasks import Tasks
 
@@ -76,6 +79,8 @@ def _serve(home: SiteHome, journal: Journal, program: Sequence[str], secret: Pat
 
     environment = {**os.environ, "FLWR_HOME": str(home.root / "flwr")}
     node = SuperNode(command, environment, home.logs / "supernode.log", journal)
+    # Without TLS there is nothing to check, and the server is on this machine.
+    watch = ServerWatch(lambda: trouble(home), journal) if watched else None
     try:
         end = None
         while True:
@@ -86,7 +91,10 @@ def _serve(home: SiteHome, journal: Journal, program: Sequence[str], secret: Pat
                 break
             if (address := node.tend()) is not None:
                 executor.attend(Tasks(address, secret.read_bytes()))
-            if not executor.turn(accept=end is None):
+            busy = executor.turn(accept=end is None)
+            if watch is not None and end is None:
+                watch.turn(busy=busy)
+            if not busy:
                 # Told to end, `wait` returns at once: then only a reply on its way is waited for.
                 time.sleep(_POLL) if stopping.is_set() else stopping.wait(_POLL)
     finally:

@@ -29,6 +29,8 @@ from fedfuse_shared.errors import ConfigError, FedfuseError, ProtocolError, Stat
 
 LIMIT: Final = 10.0
 """Longest a probe takes once the server's name is found (seconds)."""
+MAX_AHEAD: Final = 30.0
+"""Most that this machine's clock may differ from the server's (seconds)."""
 MAX_HEAD: Final = 2**14
 """Most that is read of an answer (bytes)."""
 _MAX_AUTHORITY: Final = 2**16
@@ -118,6 +120,25 @@ def probe(
             advice="check the address in connection.toml, the network and the firewall; is the server running?",
         ) from problem
     return Reached(version, _names(certificate), certificate.not_valid_after_utc, ahead, no_time)
+
+
+def check_clock(server: Reached) -> str:
+    """Return in words how far this machine's clock is from the server's.
+
+    Raises:
+        StateError: further than is borne, or the server's time is not known.
+        ProtocolError: the server told no time that can be read.
+    """
+    if server.ahead is None:
+        raise server.no_time or StateError("the server's time is not known")
+    off = abs(server.ahead)
+    said = f"this machine's clock is {off:.0f} s {'ahead of' if server.ahead > 0 else 'behind'} the server's"
+    if not off <= MAX_AHEAD:
+        raise StateError(
+            f"{said}, at most {MAX_AHEAD:g} s are borne",
+            advice="set this machine's clock (by NTP); if it is right, tell the operator",
+        )
+    return said if off >= 1 else "agrees with the server's"
 
 
 def authority_expires(authority: Path) -> datetime:

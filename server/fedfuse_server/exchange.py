@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedfuse_shared.errors import ProtocolError
@@ -16,6 +18,13 @@ log = logging.getLogger(__name__)
 
 _MAX_REASON = 400
 """Longest reason of a failure that is passed on (characters)."""
+_IN_TIME: Final = "did not answer in time"
+_SAID_BY_FLOWER: Final = {
+    ErrorCode.MESSAGE_UNAVAILABLE: _IN_TIME,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: _IN_TIME,
+    ErrorCode.NODE_UNAVAILABLE: "lost its connection and did not answer",
+}
+"""What the SuperLink's own errors mean, which name its database and not what became of the site."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Exchange:
         # has no identifier before it is sent.
         asked = {message.metadata.message_id: node for node, message in sent.items()}
         answers: dict[int, Parcel | ProtocolError] = {
-            node: ProtocolError("did not answer in time", who=f"node {node}") for node in sent
+            node: ProtocolError(_IN_TIME, who=f"node {node}") for node in sent
         }
         for reply in replies:
             node = asked.get(reply.metadata.reply_to_message_id)
@@ -54,6 +63,8 @@ class Exchange:
                 log.warning(
                     "a reply from node %s, which was not asked, is ignored", reply.metadata.src_node_id
                 )
+            elif reply.has_error() and reply.error.code in _SAID_BY_FLOWER:
+                answers[node] = ProtocolError(_SAID_BY_FLOWER[reply.error.code], who=f"node {node}")
             elif reply.has_error():
                 said = "".join(c if c.isprintable() else "?" for c in str(reply.error.reason)[:_MAX_REASON])
                 answers[node] = ProtocolError(f"failed: {said}", who=f"node {node}")

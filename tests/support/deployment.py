@@ -198,6 +198,8 @@ class Deployment(Machines):
 class Relay:
     """A wire between sites and a server that can be cut: bytes go through, or nothing does.
 
+    Cut, it breaks what is open and refuses what comes; or it is silent: all stays open and nothing arrives.
+
     Args:
         port: Of the server, on this machine.
     """
@@ -206,19 +208,32 @@ class Relay:
         self._target = port
         self._open = []
         self._cut = threading.Event()
+        self._silent = threading.Event()
+        self._heard = threading.Event()
+        self._heard.set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def cut(self):
+    def cut(self, *, silent=False):
         """Let nothing through any more."""
+        if silent:
+            self._heard.clear()
+            self._silent.set()
+            return
         self._cut.set()
         for each in self._open:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)  # closing alone would leave it to whoever reads from it
             each.close()
         self._open.clear()
 
     def mend(self):
-        """Let new connections through."""
+        """Let new connections through; what was open is broken, as the far end gave it up meanwhile."""
+        if self._silent.is_set():
+            self.cut()
+            self._silent.clear()
+            self._heard.set()
         self._cut.clear()
 
     def close(self):
@@ -247,6 +262,7 @@ class Relay:
     def _carry(self, one, other):
         with contextlib.suppress(OSError):
             while data := one.recv(65536):
+                self._heard.wait()
                 other.sendall(data)
         for each in (one, other):
             with contextlib.suppress(OSError):
@@ -263,7 +279,8 @@ def freeze(process, seconds):
     """Stop a process and all its children where they are, and let them go on after a while."""
     group = [process.pid, *_children(process.pid)]
     for pid in group:
-        os.kill(pid, signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
 
     def go_on():
         for pid in group:
@@ -280,7 +297,8 @@ def freeze(process, seconds):
 
 def _children(pid):
     found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *_children(int(child))]
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *_children(int(child))]
     return found
