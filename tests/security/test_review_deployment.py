@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.supercore.protobuf.client import ProtobufClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from support.deployed_site import write_site
 from support.federation import Federation
 from support.lone_site import Around
 from support.served import free_port, three_sites
 
-from fedfuse_client import join_command
+from fedfuse_client import join_command, supernode
 from fedfuse_client.answers import Fresh
 from fedfuse_client.joining import policy_for
 from fedfuse_client.policy import SitePolicy
@@ -161,3 +169,88 @@ def test_no_kit_makes_a_site_train_without_noise(tmp_path):
     """Under `none` the cap is never asked, and the table showed it as what bounds the run."""
     with pytest.raises(ConfigError, match="adds no noise"):
         policy_of(kit(trust=Trust.NONE, min_noise_multiplier=1e-9), tmp_path)
+
+
+# --- the SuperNode's process ---------------------------------------------------------------------------------------
+class Answering(BaseHTTPRequestHandler):
+    """Sends whoever asks somewhere else, or notes that it was asked."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.server.asked.append(self.path)
+        self.send_response(307 if self.server.elsewhere else 200)
+        if self.server.elsewhere:
+            self.send_header("location", self.server.elsewhere)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def answering(elsewhere: str = ""):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        server.elsewhere, server.asked = elsewhere, []
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server, f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_server_cannot_send_a_site_to_other_machines_of_its_network(ours, monkeypatch):
+    monkeypatch.setattr(ProtobufClient, "__init__", ProtobufClient.__init__)  # put back afterwards
+    if ours:
+        supernode.go_nowhere_else()
+    with answering() as (inner, where), answering(f"http://{where}/admin/reboot") as (_, server):
+        client = FleetHttpClient.from_server_address(server, True, None, interceptors=[])
+        if ours:
+            with pytest.raises(httpx.HTTPStatusError):
+                client.PullMessages(PullMessagesRequest())
+        else:
+            client.PullMessages(PullMessagesRequest())
+        client.close()
+    assert inner.asked == ([] if ours else ["/admin/reboot"])
+
+
+def test_a_servers_words_neither_fill_nor_steer_the_log():
+    record = logging.LogRecord(
+        "flwr", logging.INFO, "", 0, "[RUN %s, ROUND %s]", (1, "\x1b[2J\n" * 10**6), None
+    )
+    assert supernode.shorten(record)
+    assert len(record.getMessage()) <= 500
+    assert record.getMessage().isprintable()
+
+
+ARRANGED = """
+import logging
+from unittest.mock import patch
+from fedfuse_client import supernode
+from flwr.supernode.fleet_http_client import FleetHttpClient
+with patch("flwr.supernode.cli.flower_supernode.flower_supernode"):
+    supernode.main()
+made = FleetHttpClient.from_server_address("127.0.0.1:1", True, None, interceptors=[])
+assert not made._client.follow_redirects
+from flwr.supercore import log
+log(logging.ERROR, "%s", chr(27) * 1000)
+"""
+
+
+def test_the_real_supernode_is_held_to_both():
+    """What `main` arranges, with Flower's own entry point in place of its loop."""
+    done = subprocess.run(
+        [
+            *PROGRAM[:2],
+            "-c",
+            ARRANGED,
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "?" * 500 in done.stderr
+    assert "?" * 501 not in done.stderr
