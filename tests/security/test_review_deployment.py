@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from support.deployed_site import write_site
 from support.federation import Federation
 from support.lone_site import Around
 from support.served import free_port, three_sites
+from typer.testing import CliRunner
 
 from fedfuse_client import join_command, supernode
 from fedfuse_client.answers import Fresh
@@ -29,6 +31,7 @@ from fedfuse_client.policy import SitePolicy
 from fedfuse_client.run_command import PROGRAM
 from fedfuse_client.tied import tied
 from fedfuse_server.supervisor import Listening, SuperLink
+from fedfuse_shared.cli import app
 from fedfuse_shared.config.base import Modality, Trust
 from fedfuse_shared.config.federation import GraphKind
 from fedfuse_shared.config.privacy import Schedule
@@ -40,6 +43,15 @@ from fedfuse_shared.keyfile import create_node_key
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+FEDERATION = """\
+federation = "demo"
+address = "fl.example.org:8000"
+coordinators = { anna = "" }
+
+[run]
+rounds = 1
+model = { classes = ["0", "1"], encoders = { text = { name = "hashed-words" } } }
+"""
 SHADOW = """\
 from pathlib import Path
 (Path(__file__).parents[1] / "ran").touch()
@@ -116,6 +128,41 @@ def test_a_key_of_connections_that_is_none_is_refused(text):
     """It was found out when the server started: the whole federation had to be provisioned anew."""
     with pytest.raises(ProtocolError, match="key of connections"):
         check_request(request(f"ecdsa-sha2-nistp384 {text}"), who="request")
+
+
+def test_an_exchanged_request_shows_where_keys_are_compared(tmp_path):
+    """Who exchanged a request in transit was enrolled in the site's place, and nobody had anything to compare."""
+    requests = tmp_path / "requests"
+    requests.mkdir()
+    told = {}
+    for site in ("bern", "lyon", "oslo"):
+        words = ["site", "init", str(tmp_path / site), "--site", site, "--federation", "demo"]
+        said = CliRunner().invoke(app, words).output
+        told[site] = next(word for word in said.split() if len(word) == 64)
+        shutil.copy(tmp_path / site / "request.json", requests / f"{site}.json")
+    (requests / "lyon.json").write_bytes(
+        encode(
+            seal(
+                SiteRequest(
+                    federation="demo",
+                    site="lyon",
+                    identity=identity_public(mallory := Ed25519PrivateKey.generate()),
+                    node=create_node_key(tmp_path / "mallory.key"),
+                ),
+                "lyon",
+                mallory,
+            )
+        )
+    )
+    (tmp_path / "federation.toml").write_text(FEDERATION)
+    out = ["--out", str(tmp_path / "kits")]
+    shown = CliRunner().invoke(app, ["provision", str(tmp_path / "federation.toml"), *out]).output
+    assert {site: f"{key} {site}" in shown for site, key in told.items()} == {
+        "bern": True,
+        "lyon": False,
+        "oslo": True,
+    }
+    assert f"{identity_public(mallory)} lyon" in shown
 
 
 # --- what a person agrees to ---------------------------------------------------------------------------------------
