@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.common.args import try_obtain_root_certificates
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -22,6 +24,7 @@ from support.deployed_site import write_site
 from support.federation import Federation
 from support.lone_site import Around
 from support.served import free_port, three_sites
+from support.tls_server import Authority, sends, serving
 from typer.testing import CliRunner
 
 from fedfuse_client import join_command, supernode
@@ -274,6 +277,7 @@ def test_a_servers_words_neither_fill_nor_steer_the_log():
 
 
 ARRANGED = """
+import argparse
 import logging
 from unittest.mock import patch
 from fedfuse_client import supernode
@@ -301,3 +305,28 @@ def test_the_real_supernode_is_held_to_both():
     )
     assert "?" * 500 in done.stderr
     assert "?" * 501 not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("authority", "name", "reached"),
+    [("ours", "127.0.0.1", True), ("other", "127.0.0.1", False), ("ours", "fl.example.org", False)],
+)
+def test_the_supernodes_connection_is_to_the_kits_authority_and_name_alone(
+    authority, name, reached, tmp_path, monkeypatch
+):
+    """Also where the machine itself trusts the other authority."""
+    ours, other = Authority(), Authority()
+    (tmp_path / "machine.pem").write_bytes(ours.pem + other.pem)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "machine.pem"))
+    (tmp_path / "ca.crt").write_bytes(ours.pem)
+    given = argparse.Namespace(root_certificates=str(tmp_path / "ca.crt"), insecure=False)
+    certificate = {"ours": ours, "other": other}[authority].issue(tmp_path / "server", name=name)
+    with serving(certificate, sends(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")) as address:
+        trusted = try_obtain_root_certificates(given, address)
+        client = FleetHttpClient.from_server_address(address, False, trusted, interceptors=[])
+        if reached:
+            client.PullMessages(PullMessagesRequest())
+        else:
+            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                client.PullMessages(PullMessagesRequest())
+        client.close()
