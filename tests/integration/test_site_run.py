@@ -56,9 +56,9 @@ def has_come_up(process):
     """Return whether the launcher has become the SuperNode, so that it is tied to its parent."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-        return b"fedfuse_client.supernode" in words and b"fedfuse_client.tied" not in words
     except OSError:
         return False
+    return b"fedfuse_client.supernode" in words and b"fedfuse_client.tied" not in words
 
 
 # --- what it demands ------------------------------------------------------------------------------------------------
