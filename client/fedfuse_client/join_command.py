@@ -29,10 +29,16 @@ def init(
 
     from fedfuse_client.home import SiteHome
     from fedfuse_client.joining import initialise
+    from fedfuse_shared.crypto.keys import identity_public
+    from fedfuse_shared.keyfile import load_key
 
-    request = initialise(SiteHome(folder), site, federation)
+    home = SiteHome(folder)
+    request = initialise(home, site, federation)
     console = Console()
     console.print(f"Keys are in {folder}. Send {request} to the operator of {federation}.", soft_wrap=True)
+    # A request proves that its sender holds a key, not who that is.
+    console.print("And tell the operator this key by another way (telephone, in person):")
+    console.print(identity_public(load_key(home.key)), highlight=False, soft_wrap=True)
     console.print(
         "With the kit that comes back: fedfuse site join FOLDER KIT --roster-hash HASH --data DATA",
         highlight=False,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import threading
 from contextlib import ExitStack
+from http.client import HTTPSConnection
 
+import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -15,6 +18,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supernode.fleet_http_connection import http_request_response
 from support.served import free_port, three_sites, with_certificates, with_officers
 
+from fedfuse_server import superlink
 from fedfuse_server.exchange import Exchange
 from fedfuse_server.link import LinkGrid
 from fedfuse_server.supervisor import Listening, SuperLink
@@ -183,3 +187,57 @@ def test_small_parts_of_a_reply_are_bounded(federation):
 
     answer = ask(federation, Talker)
     assert "record" in answer.message
+
+
+# --- who is not a site at all ---------------------------------------------------------------------------------------
+def test_a_stranger_cannot_fill_the_servers_memory(federation, monkeypatch):
+    """Flower reads the whole request before it looks at the key; what is over the limit is not even begun."""
+    grid = federation[2]
+    monkeypatch.setattr(superlink, "MAX_REQUEST", 1000)
+    heard = []
+
+    async def app(scope, receive, send):
+        while True:
+            message = await receive()
+            heard.append(len(message.get("body", b"")))
+            if message["type"] == "http.disconnect" or not message.get("more_body"):
+                break
+
+    async def request(*chunks, **headers):
+        parts = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+        said = []
+
+        async def receive():
+            return parts.pop(0) if parts else {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message):
+            said.append(message.get("status"))
+
+        scope = {"type": "http", "path": "/v1/fleet/push-object", "headers": list(headers.values())}
+        await superlink.Gate(app, "token")(scope, receive, send)
+        return said, sum(heard)
+
+    assert asyncio.run(request(bytes(900), bytes(100))) == ([], 1000)
+    heard.clear()
+    assert asyncio.run(request(bytes(900), bytes(900), bytes(900))) == ([], 900)
+    heard.clear()
+    assert asyncio.run(request(length=(b"content-length", b"1001"))) == ([413, None], 0)
+    monkeypatch.undo()
+    listening = grid._superlink.listening
+    connection = HTTPSConnection(listening.host, listening.port, context=grid._superlink.trust)
+    connection.putrequest("POST", "/v1/fleet/push-object")
+    connection.putheader("content-length", str(superlink.MAX_REQUEST + 1))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+@pytest.mark.parametrize("host", ["x/v1/runtime/push-object?", "x/?", "x#", "x\\v1\\runtime", "[::1"])
+def test_a_host_header_does_not_get_around_the_key(federation, host):
+    """Flower asks for a node's key by the path in the URL, routes by another: the two must not come apart."""
+    superlink = federation[2]._superlink
+    headers = {"content-type": "application/protobuf", "host": host}
+    with httpx.Client(verify=superlink.trust, base_url=superlink.base_url) as client:
+        for call in ("push-object", "pull-object", "confirm-message-received", "activate-node"):
+            answer = client.post(f"/v1/fleet/{call}", headers=headers)
+            assert answer.status_code in {400, 401, 415}, answer.text
