@@ -18,11 +18,11 @@ from flwr.proto.recorddict_pb2 import RecordDict as Wire
 from fedfuse_client.home import SiteHome
 from fedfuse_client.policy import SitePolicy
 from fedfuse_client.round import Site
-from fedfuse_client.tied import PYTHON, die_with
 from fedfuse_shared.config.base import SERVER
 from fedfuse_shared.errors import StateError
 from fedfuse_shared.messages import Step
 from fedfuse_shared.parcel import Parcel, pack, unpack
+from fedfuse_shared.tied import PYTHON, die_with
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from fedfuse_client.connection import Connection
 from fedfuse_client.home import SiteHome
 from fedfuse_client.policy import SitePolicy
 from fedfuse_shared import limits
-from fedfuse_shared.config.base import Label, Modality, SiteName
+from fedfuse_shared.config.base import Label, Modality, SiteName, Trust
 from fedfuse_shared.config.files import save_toml
 from fedfuse_shared.enrolment import (
     MAX_KIT,
@@ -92,7 +92,17 @@ def policy_for(
     dataset_sites: Sequence[str] = (),
     epsilon_cap: float | None = None,
 ) -> SitePolicy:
-    """Return the tightest policy that lets a site take part in what is planned, by the code installed here."""
+    """Return the tightest policy that lets a site take part in what is planned, by the code installed here.
+
+    Raises:
+        ConfigError: the run gives no guarantee at all: nobody agrees to that by accepting a kit.
+    """
+    if terms.trust is Trust.NONE:
+        raise ConfigError(
+            "the run adds no noise: no epsilon bounds what it gives away of a record",
+            who=roster.federation,
+            advice='stay out; for data that need no protection write policy.toml by hand, with trust = ["none"]',
+        )
     return SitePolicy(
         site=site,
         federation=roster.federation,

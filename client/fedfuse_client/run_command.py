@@ -17,8 +17,8 @@ from fedfuse_client.connection import Connection, load_connection
 from fedfuse_client.home import SiteHome
 from fedfuse_client.journal import Event, Journal
 from fedfuse_client.run_lock import only_one
-from fedfuse_client.tied import PYTHON
 from fedfuse_shared.errors import ConfigError
+from fedfuse_shared.tied import PYTHON
 
 PROGRAM: Final = (*PYTHON, "-m", "fedfuse_client.supernode")
 """Flower's SuperNode, as it is installed."""

@@ -1,19 +1,24 @@
-"""Flower's SuperNode as Flower wrote it, but for how long it sleeps: run as ``python -m fedfuse_client.supernode``.
+"""Flower's SuperNode as Flower wrote it, but for four things: run as ``python -m fedfuse_client.supernode``.
+
+1. It goes nowhere but to its server: Flower follows a redirect to any address, also one in the site's own network.
+2. What it logs is short and printable: names and types of messages are whatever the server writes, of any length.
+3. How long it sleeps.
+4. It ends when it gives up, so that its supervisor starts it again.
 
 It looks for a message every three seconds, whatever happened before, and for the reply in hand every half second.
 That was 3.5 of the 3.7 seconds of every exchange. Here it looks again soon after something happened and ever more
 rarely after that, so that an exchange waits for about as long again as it would have taken, and an idle site asks as
-seldom as Flower's own. Nothing else of it is changed, and the version of Flower is pinned (ADR 18).
+seldom as Flower's own. Nothing else is changed, and the version of Flower is pinned (ADR 18).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 SOONEST: Final = 0.1
 """First pause after a message or a reply, doubled with every look that finds nothing (seconds)."""
@@ -21,6 +26,8 @@ REPLY: Final = 0.05
 """Longest pause between two looks for the reply in hand, which is made on this machine (seconds)."""
 _IDLE: Final = 1.0
 """Flower's pauses of this and more are for messages, shorter ones for replies (seconds)."""
+_MAX_LINE: Final = 500
+"""Longest message of the log (characters)."""
 
 
 class Pace:
@@ -44,19 +51,41 @@ class Pace:
             self._next = min(2 * self._next, seconds)
 
 
+def go_nowhere_else() -> None:
+    """Have Flower's clients take a redirect for the failure that it is."""
+    from flwr.supercore.protobuf.client import ProtobufClient  # noqa: PLC0415 - only this process needs it
+
+    made = ProtobufClient.__init__
+
+    def make(self: ProtobufClient, *args: Any, **more: Any) -> None:
+        made(self, *args, **more)
+        self._client.follow_redirects = False
+
+    ProtobufClient.__init__ = make  # type: ignore[method-assign]
+
+
+def shorten(record: logging.LogRecord) -> bool:
+    """Cut what is logged, and take out what could steer a reader's terminal."""
+    text = record.getMessage()[:_MAX_LINE]
+    record.msg, record.args = "".join(char if char.isprintable() else "?" for char in text), ()
+    return True
+
+
 def main() -> None:
-    """Run Flower's SuperNode at our pace, and end when it gives up."""
+    """Run Flower's SuperNode, within these bounds and at our pace, and end when it gives up."""
     from flwr.supernode import start_client_internal  # noqa: PLC0415 - seconds, and only this process needs it
     from flwr.supernode.cli.flower_supernode import flower_supernode  # noqa: PLC0415
 
+    go_nowhere_else()
+    logging.getLogger("flwr").addFilter(shorten)
     vars(start_client_internal)["time"] = Pace()
     code = 1
     try:
         flower_supernode()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except Exception:  # noqa: BLE001 - whatever it gave up over, its supervisor starts it again
-        traceback.print_exc()
+    except Exception as problem:  # noqa: BLE001 - whatever it gave up over, its supervisor starts it again
+        logging.getLogger("flwr").error("gave up: %s: %s", type(problem).__name__, problem)  # noqa: TRY400 - a peer's
     finally:
         # Flower gives up where a TLS handshake is broken off, and the thread of its Runtime API then kept a process
         # alive that nobody could reach any more.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from fedfuse_client.journal import Event, Journal
-from fedfuse_client.tied import tied
+from fedfuse_shared.tied import tied
 
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 60.0

@@ -7,7 +7,6 @@ is executed or unpacked here but records of numbers, text and bytes, within limi
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Final
 
 import httpx
@@ -29,39 +28,20 @@ from flwr.supercore.constant import TASK_TOKEN_HEADER, TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
-    get_object_head_values_from_object_content,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import (
-    inflate_object_from_contents,
-    push_objects,
-    validate_object_content,
-)
+from flwr.supercore.inflatable.inflatable_utils import push_objects
 from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from fedfuse_shared import limits
+from fedfuse_shared.arrival import Arrival
 from fedfuse_shared.config.base import SERVER
 from fedfuse_shared.errors import ProtocolError
 
 _ACQUIRE: Final = "/flwr.proto.Runtime/AcquireTask"
-_MAX_OBJECTS: Final = 1024
-"""Most objects of one message: the longest vector has 205 chunks, and a handful of records around them."""
-_MAX_BYTES: Final = 4 * limits.MAX_VECTOR + 2 * limits.MAX_MESSAGE
-"""Most bytes of one message to a site."""
-_MAX_BODY: Final = {
-    "Message": 2**16,
-    "RecordDict": 2**16,
-    "ArrayRecord": 2**16,
-    "Array": 2**16,
-    "ConfigRecord": 2 * limits.MAX_MESSAGE,
-    "ArrayChunk": _MAX_BYTES,
-}
-"""Kinds of objects a message to a site is made of, and the most bytes of each before it is decoded."""
 
 
 class _Token:
@@ -127,10 +107,7 @@ class Task:
         self._client = client
         self._message: Message | None = None
         self._root = ""
-        self._missing: list[str] = []
-        self._contents: dict[str, bytes] = {}
-        self._problem = ""
-        self._room = _MAX_BYTES
+        self._arrival: Arrival | None = None
         self._reply = ""
         self._heartbeat = HeartbeatSender(self._beat)
         self._heartbeat.start()
@@ -150,24 +127,16 @@ class Task:
             httpx.HTTPError: the SuperNode is gone, or gave the message up.
             ValueError: what the server wrote about the message is nothing Flower knows.
         """
-        if self._message is None:
+        if self._arrival is None:
             pulled = self._client.PullMessages(PullAppMessagesRequest())
             if not pulled.messages_list or not pulled.message_object_trees:
                 return False
             tree = pulled.message_object_trees[0]
             self._root = tree.object_id
-            self._missing = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))[::-1]
-            if len(self._missing) > _MAX_OBJECTS:
-                self._problem = f"sent a message of more than {_MAX_OBJECTS} objects"
-                self._missing = self._missing[-_MAX_OBJECTS:]
             self._message = message_from_proto(pulled.messages_list[0])
             self._message.metadata.__dict__["_message_id"] = self._root
-        while self._missing:
-            found = self._pull(self._missing[-1])
-            if found.object_found and not found.object_available:
-                return False
-            self._keep(self._missing.pop(), found)
-        return True
+            self._arrival = Arrival(tree, who=SERVER)
+        return self._arrival.is_complete(self._pull)
 
     def content(self) -> RecordDict:
         """Return the message's records.
@@ -175,17 +144,9 @@ class Task:
         Raises:
             ProtocolError: they are too many, too large, or malformed.
         """
-        if self._problem:
-            raise ProtocolError(self._problem, who=SERVER)
-        contents, self._contents = self._contents, {}
-        try:
-            _check(contents)
-            message = inflate_object_from_contents(self._root, contents)
-        except ProtocolError:
-            raise
-        except Exception as problem:  # Flower's decoders raise whatever bad input makes Python raise
-            raise ProtocolError("sent a message that cannot be read", who=SERVER) from problem
-        if not isinstance(message, Message) or not message.has_content():
+        assert self._arrival is not None
+        message = self._arrival.message()
+        if not message.has_content():
             raise ProtocolError("sent a message without content", who=SERVER)
         return message.content
 
@@ -253,29 +214,3 @@ class Task:
         return self._client.PullObject(
             PullObjectRequest(node=Node(node_id=asked.dst_node_id), run_id=asked.run_id, object_id=identifier)
         )
-
-    def _keep(self, identifier: str, found: PullObjectResponse) -> None:
-        self._room -= len(found.object_content)
-        if not found.object_found:
-            self._problem = "sent a message of which a part is missing"
-        elif self._room < 0:
-            self._problem = f"sent a message of more than {_MAX_BYTES} bytes"
-        if self._problem:
-            self._contents.clear()
-        else:
-            self._contents[identifier] = found.object_content
-
-
-def _check(contents: dict[str, bytes]) -> None:
-    """Refuse objects that would grow when decoded; an array may name the same chunk any number of times."""
-    total = 0
-    for content in contents.values():
-        validate_object_content(content)
-        kind, children, length = get_object_head_values_from_object_content(content)
-        if length > _MAX_BODY.get(kind, -1):
-            raise ProtocolError(f"sent an object of kind {kind[:20]} that no message needs", who=SERVER)
-        if kind == "Array":
-            chunks = json.loads(content[len(content) - length :])["arraychunk_ids"]
-            total += sum(len(contents[children[index]]) for index in chunks)
-            if total > _MAX_BYTES:
-                raise ProtocolError(f"sent arrays of more than {_MAX_BYTES} bytes", who=SERVER)

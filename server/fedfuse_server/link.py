@@ -16,17 +16,26 @@ from typing import Final
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-from flwr.app import Message, RecordDict
-from flwr.common.constant import SubStatus
-from flwr.common.serde import fab_to_proto, run_from_proto
+from flwr.app import Error, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import fab_to_proto, message_from_proto, run_from_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
     RegisterNodeRequest,
     StartRunRequest,
     UnregisterNodeRequest,
 )
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+)
+from flwr.proto.message_pb2 import Message as WireMessage
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
+    PullAppMessagesRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
@@ -50,8 +59,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from fedfuse_server.supervisor import SuperLink
+from fedfuse_shared.arrival import Arrival, Pull
 from fedfuse_shared.bundle import bundle, bundle_hash
-from fedfuse_shared.errors import ConfigError, RoundAborted
+from fedfuse_shared.errors import ConfigError, ProtocolError, RoundAborted
 from fedfuse_shared.roster import Roster
 
 log = logging.getLogger(__name__)
@@ -105,6 +115,8 @@ class LinkGrid(HttpGrid):
                 advice="provision the federation anew with the sites' requests",
             )
         self._excluded: set[str] = set()
+        self._coming: dict[str, _Reply] = {}
+        """Replies that are announced and not here yet, by the message they answer."""
         self._failures = 0
         """Times in a row that it was lost."""
         self._lost = threading.Event()
@@ -160,6 +172,7 @@ class LinkGrid(HttpGrid):
             return replies
         if self._lost.is_set():
             raise self._gone(None)
+        self._coming.clear()
         try:
             waiting = {name for name in self.push_messages(asked) if name}
             while waiting:
@@ -173,6 +186,35 @@ class LinkGrid(HttpGrid):
         except _FAILURES as problem:
             raise self._gone(problem) from problem
         return replies
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies to messages that have come since; what is wrong with one is its sender's alone.
+
+        Flower's own waits for minutes for a reply's parts, builds whatever they say, and fails for all where one
+        cannot be built. Of a reply nothing is believed here but its records: who sent it, and to what, is as the
+        SuperLink checked it.
+        """
+        waited = set(message_ids) - self._coming.keys()
+        if waited:
+            found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=waited))
+            for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+                self._coming[message.metadata.reply_to_message_id] = _Reply(message, tree)
+        replies = []
+        for name, coming in list(self._coming.items()):
+            if coming.is_complete(self._pull):
+                del self._coming[name]
+                replies.append(coming.take())
+                self._runtime_client.ConfirmMessageReceived(
+                    ConfirmMessageReceivedRequest(
+                        node=self.node, run_id=self.run.run_id, message_object_id=coming.identifier
+                    )
+                )
+        return replies
+
+    def _pull(self, identifier: str) -> PullObjectResponse:
+        return self._runtime_client.PullObject(
+            PullObjectRequest(node=self.node, run_id=self.run.run_id, object_id=identifier)
+        )
 
     def exclude(self, sites: Collection[str]) -> None:
         """Let the nodes of sites connect no more, now or later."""
@@ -333,6 +375,32 @@ class LinkGrid(HttpGrid):
             self._failures = 0
         why = f" ({type(problem).__name__}: {problem})" if problem else ""
         return LinkLost(f"the SuperLink was lost{why}"[:390])
+
+
+class _Reply:
+    """A reply on its way: its head as the SuperLink checked it, and the objects it is made of."""
+
+    def __init__(self, announced: WireMessage, tree: ObjectTree) -> None:
+        self.identifier = announced.metadata.message_id
+        self._head = message_from_proto(announced)
+        self._arrival = Arrival(tree, who=f"node {self._head.metadata.src_node_id}")
+
+    def is_complete(self, pull: Pull) -> bool:
+        """Take what has come, and return whether that is all; an error has come with the head."""
+        return self._head.has_error() or self._arrival.is_complete(pull)
+
+    def take(self) -> Message:
+        """Return the reply, or in its place an error that says what is wrong with it."""
+        if self._head.has_error():
+            return self._head
+        metadata = self._head.metadata
+        try:
+            message = self._arrival.message()
+            if not message.has_content():
+                raise ProtocolError("sent a message without content")
+        except ProtocolError as problem:
+            return make_message(metadata, error=Error(ErrorCode.UNKNOWN, problem.message))
+        return make_message(metadata, content=message.content)
 
 
 def _key_bytes(line: str) -> bytes:

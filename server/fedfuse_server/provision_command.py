@@ -47,6 +47,9 @@ def provision(
     for site in sorted(roster.sites):
         table.add_row(f"{out}/sites/{site}", site, "roster, kit, what to do; nothing secret")
     console.print(table)
+    console.print("Compare each key with what its site told you by another way than its request:")
+    for site, key in sorted(roster.sites.items()):
+        console.print(f"{key} {site}", highlight=False, soft_wrap=True)
     console.print("Tell every site the roster hash by another way than its kit, for `fedfuse site join`:")
     console.print(roster.hash(), highlight=False, soft_wrap=True)
     names = sorted(settings.coordinators)

@@ -6,17 +6,17 @@ Stock, everybody who reaches its port may submit runs, register nodes and list b
 2. carries the token that this process and the coordinator alone know. Flower's Control API asks for it once more, by
    the plugin that Flower has for this.
 
+Flower reads a whole request before it asks who sent it: without the token none is longer than what a site may send.
+
 The token and the secret that guards task acquisition come over standard input and are written nowhere. The process
 ends with the one that started it, however that ends.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hmac
 import json
 import os
-import signal
 import ssl
 import sys
 from collections.abc import Sequence
@@ -33,13 +33,17 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
+from fedfuse_shared.arrival import MAX_SMALL
+from fedfuse_shared.tied import die_with
+
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _OPEN: Final = ("/v1/fleet/", "/health")
-_PR_SET_PDEATHSIG: Final = 1
 CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """Of TLS 1.2: forward secrecy and authenticated encryption only, as TLS 1.3 has no others."""
+MAX_REQUEST: Final = MAX_SMALL + 2**20
+"""Longest request without the token (bytes): one object, of which a ConfigRecord is the longest, and its name."""
 _MAX_SETUP: Final = 64 * 1024
 
 
@@ -107,21 +111,48 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it with 401."""
-        if scope["type"] == "lifespan" or self._lets_in(scope):
+        if scope["type"] == "lifespan" or self._has_token(scope):
             await self._app(scope, receive, send)
+        elif scope["type"] != "http":
             return
-        if scope["type"] != "http":
-            return
-        headers = [(b"content-type", b"text/plain"), (b"www-authenticate", b"Bearer")]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": b"only the coordinator may ask this\n"})
+        elif not _is_open(scope["path"]):
+            await _refuse(send, 401, b"only the coordinator may ask this\n")
+        elif _announced(scope) > MAX_REQUEST:
+            await _refuse(send, 413, b"too long\n")
+        else:
+            await self._app(scope, _bounded(receive), send)
 
-    def _lets_in(self, scope: Scope) -> bool:
-        path: str = scope.get("path", "")
-        if path == _OPEN[1] or path.startswith(_OPEN[0]):
-            return bool(scope["type"] == "http")
+    def _has_token(self, scope: Scope) -> bool:
         given = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
         return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+
+
+def _is_open(path: str) -> bool:
+    return path == _OPEN[1] or path.startswith(_OPEN[0])
+
+
+def _announced(scope: Scope) -> int:
+    """Return how long a request says it is; uvicorn refuses a length that is none before this."""
+    return max((int(value) for name, value in scope["headers"] if name == b"content-length"), default=0)
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Break a request off that turns out to be longer: it need not have announced its length."""
+    came = 0
+
+    async def take() -> Message:
+        nonlocal came
+        message = await receive()
+        came += len(message.get("body", b""))
+        return message if came <= MAX_REQUEST else {"type": "http.disconnect"}
+
+    return take
+
+
+async def _refuse(send: Send, status: int, why: bytes) -> None:
+    headers = [(b"content-type", b"text/plain"), (b"www-authenticate", b"Bearer")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": why})
 
 
 def build(setup: Setup) -> uvicorn.Server:
@@ -168,15 +199,6 @@ def build(setup: Setup) -> uvicorn.Server:
         settings.ssl.minimum_version = ssl.TLSVersion.TLSv1_2  # 1.3 with whoever speaks it
         settings.ssl.set_ciphers(CIPHERS)
     return uvicorn.Server(settings)
-
-
-def die_with(parent: int) -> None:
-    """Ask the kernel to end this process when its parent ends, and end it now if that has happened."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
-    if os.getppid() != parent:
-        sys.exit(1)
 
 
 def main() -> None:

@@ -9,9 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Final
 
-from cryptography.exceptions import InternalError, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from cryptography.hazmat.primitives.serialization.ssh import load_ssh_public_key
 from pydantic import Field, StringConstraints
 
 from fedfuse_shared.config.base import OPERATOR, Frozen, Hex32, Label, NodeKey, SiteName, Trust
@@ -19,6 +16,7 @@ from fedfuse_shared.config.federation import GraphKind, Lifetime
 from fedfuse_shared.config.privacy import Delta, Positive, SamplingRate, Schedule
 from fedfuse_shared.envelope import Body, Envelope, decode, verify
 from fedfuse_shared.errors import ProtocolError, VerificationError
+from fedfuse_shared.keyfile import is_node_key
 from fedfuse_shared.offer import SiteCount
 from fedfuse_shared.roster import Roster
 
@@ -91,32 +89,20 @@ def check_request(raw: bytes, *, who: str) -> Envelope[SiteRequest]:
     """Return a request whose sender holds the key in it.
 
     Raises:
-        ProtocolError: malformed, in another site's name, or with no key for its connections.
+        ProtocolError: malformed, in another site's name, or with a connection's key that is none.
         VerificationError: its signature does not hold.
     """
     envelope = decode(raw, SiteRequest, who=who, limit=MAX_REQUEST)
     if envelope.author != envelope.body.site:
         raise ProtocolError(f"is signed in the name of {envelope.author}, not {envelope.body.site}", who=who)
-    check_node_key(envelope.body.node, who=who)
+    if not is_node_key(envelope.body.node):
+        raise ProtocolError(
+            "has a key of connections that is none, or not as OpenSSH writes it",
+            who=who,
+            advice="have the site make its own: fedfuse site init",
+        )
     verify(envelope, bytes.fromhex(envelope.body.identity))
     return envelope
-
-
-def check_node_key(line: str, *, who: str) -> None:
-    """Check that a connection's key is one, spelled as OpenSSH spells it.
-
-    Raises:
-        ProtocolError: it is none, or has a second spelling.
-    """
-    try:
-        key = load_ssh_public_key(line.encode())
-        spelled = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-    except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm, InternalError) as problem:
-        raise ProtocolError(
-            "names no key of a connection", who=who, advice="fedfuse site init makes one"
-        ) from problem
-    if spelled != line:
-        raise ProtocolError("spells the key of its connection in another way than OpenSSH", who=who)
 
 
 def check_kit(raw: bytes, roster: Roster, *, site: str, who: str) -> Kit:

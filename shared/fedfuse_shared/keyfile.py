@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
     load_ssh_private_key,
+    load_ssh_public_key,
 )
 
 from fedfuse_shared.errors import StateError
@@ -46,6 +47,22 @@ def create_node_key(path: Path) -> str:
     key = ec.generate_private_key(ec.SECP384R1())
     write_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def is_node_key(line: str) -> bool:
+    """Return whether a line is a public key of connections in the one form that OpenSSH writes it in.
+
+    Base64 has sixteen spellings of the last byte of such a key: two that differ are to be two keys.
+    """
+    try:
+        key = load_ssh_public_key(line.encode())
+    except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm, InternalError):
+        return False
+    return (
+        isinstance(key, ec.EllipticCurvePublicKey)
+        and isinstance(key.curve, ec.SECP384R1)
+        and key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() == line
+    )
 
 
 def load_node_public(path: Path) -> str:

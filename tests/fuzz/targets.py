@@ -332,14 +332,14 @@ def kits() -> Callable[[bytes], object]:
     from fedfuse_client.connection import load_connection
     from fedfuse_server.provisioning import load_federation
     from fedfuse_shared.commands import Command, check_command
-    from fedfuse_shared.enrolment import check_kit, check_node_key, check_request
+    from fedfuse_shared.enrolment import check_kit, check_request
     from fedfuse_shared.envelope import decode
-    from fedfuse_shared.keyfile import load_node_public
+    from fedfuse_shared.keyfile import is_node_key, load_node_public
 
     roster = Federation.with_officers(3).roster
     readers: tuple[Callable[[bytes], object], ...] = (
         lambda data: check_request(data, who="a site"),
-        lambda data: check_node_key(data.decode("latin-1"), who="a site"),
+        lambda data: is_node_key(data.decode("latin-1")),
         file_target(load_node_public, "node.key"),
         lambda data: check_kit(data, roster, site="site00", who="a kit"),
         file_target(load_connection, "connection.toml"),

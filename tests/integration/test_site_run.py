@@ -58,7 +58,7 @@ def has_come_up(process):
         words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return b"fedfuse_client.supernode" in words and b"fedfuse_client.tied" not in words
+    return b"fedfuse_client.supernode" in words and b"fedfuse_shared.tied" not in words
 
 
 # --- what it demands ------------------------------------------------------------------------------------------------

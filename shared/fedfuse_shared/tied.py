@@ -20,7 +20,7 @@ def tied(command: Sequence[str]) -> list[str]:
 
     The thread that starts it must be one that lives as long as the process does: the kernel watches that thread.
     """
-    return [*PYTHON, "-m", "fedfuse_client.tied", str(os.getpid()), *command]
+    return [*PYTHON, "-m", "fedfuse_shared.tied", str(os.getpid()), *command]
 
 
 def die_with(parent: int) -> None:
