@@ -16,9 +16,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 SOONEST: Final = 0.1
 """First pause after a message or a reply, doubled with every look that finds nothing (seconds)."""
@@ -79,19 +80,32 @@ def main() -> None:
     go_nowhere_else()
     logging.getLogger("flwr").addFilter(shorten)
     vars(start_client_internal)["time"] = Pace()
-    code = 1
+    threading.excepthook = _thread_failed
     try:
         flower_supernode()
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        _leave(end.code if isinstance(end.code, int) else 1)
     except Exception as problem:  # noqa: BLE001 - whatever it gave up over, its supervisor starts it again
-        logging.getLogger("flwr").error("gave up: %s: %s", type(problem).__name__, problem)  # noqa: TRY400 - a peer's
-    finally:
-        # Flower gives up where a TLS handshake is broken off, and the thread of its Runtime API then kept a process
-        # alive that nobody could reach any more.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _give_up(problem)
+    _leave(1)
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """End with a thread of it: without the one that sends heartbeats nothing would be asked of this site any more."""
+    if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+        _give_up(args.exc_value)
+
+
+def _give_up(problem: BaseException) -> NoReturn:
+    logging.getLogger("flwr").error("gave up: %s: %s", type(problem).__name__, problem)
+    _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """End whatever still runs here: the thread of Flower's Runtime API kept a process alive that served nobody."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,12 @@ main()
         ("raise OSError('EOF occurred in violation of protocol')", 1, "EOF occurred"),
         ("raise SystemExit(0)", 0, ""),
         ("return", 1, ""),
+        # Flower's thread that sends heartbeats ends at the first answer it did not expect.
+        (
+            "threading.Thread(target=int, args=['no heartbeat']).start(); threading.Event().wait()",
+            1,
+            "no heartbeat",
+        ),
     ],
 )
 def test_its_process_ends_whatever_still_runs_in_it(end, code, said):
