@@ -20,6 +20,10 @@ _STEADY: Final = 60.0
 """A SuperNode that lived this long has started well: the next pause is the first again (seconds)."""
 _PATIENCE: Final = 10.0
 """How long it may take to end when asked to (seconds)."""
+_TURNED_AWAY: Final = b"[code: 2004]"
+"""What Flower's SuperNode writes when the server does not let it in (1.41)."""
+_SOON: Final = 8.0
+"""Longest pause after that: the server counts a killed process as connected for a minute (seconds)."""
 _MAX_LOG: Final = 10 * 2**20
 """Size at which the log of the runs before is put aside (bytes)."""
 
@@ -52,6 +56,8 @@ class SuperNode:
         self._started = 0.0
         self._next_start = 0.0
         self._pause = _FIRST_PAUSE
+        self._log_began = 0
+        """Where the log of the process that runs begins (bytes)."""
 
     def tend(self) -> str | None:
         """Start the SuperNode if it is time to; return its Runtime API's address if it was started just now."""
@@ -59,10 +65,17 @@ class SuperNode:
             self._process = None
             if self._clock() - self._started >= _STEADY:
                 self._pause = _FIRST_PAUSE
+            why = ""
+            if self._was_turned_away():
+                self._pause = min(self._pause, _SOON)
+                why = (
+                    " (the server did not let it in: the process before it was killed less than a minute ago, or a "
+                    "second copy of this site runs, or the roster does not name its node key)"
+                )
             self._next_start = self._clock() + self._pause
             self._journal.say(
                 Event.NODE_ENDED,
-                f"Flower's SuperNode ended; it is started again in {self._pause:.0f} s; see {self._log}; "
+                f"Flower's SuperNode ended{why}; it is started again in {self._pause:.0f} s; see {self._log}; "
                 "`fedfuse site preflight` tries the connection",
                 code=code,
             )
@@ -83,11 +96,20 @@ class SuperNode:
             self._process.wait()
         self._process = None
 
+    def _was_turned_away(self) -> bool:
+        try:
+            with self._log.open("rb") as file:
+                file.seek(self._log_began)
+                return _TURNED_AWAY in file.read(_MAX_LOG)
+        except OSError:
+            return False
+
     def _start(self) -> str:
         port = _free_port()
         if self._log.exists() and self._log.stat().st_size > _MAX_LOG:
             self._log.replace(self._log.with_suffix(".old.log"))
         descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._log_began = os.fstat(descriptor).st_size
         try:
             # Its own session: an interrupt from the terminal is for us, who end it after the message in hand.
             self._process = subprocess.Popen(  # noqa: S603 - no shell: the words are ours
