@@ -41,7 +41,7 @@ KINDS = {
     "wire cut": 1,
 }
 """How often each kind of fault is drawn, against the others."""
-BETWEEN = (2.0, 12.0)
+BETWEEN = (5.0, 40.0)
 """Least and longest time from one fault to the next (seconds)."""
 DOWN = (0.0, 8.0)
 """How long a killed process stays down (seconds)."""
