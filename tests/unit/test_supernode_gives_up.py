@@ -5,11 +5,16 @@ import sys
 
 import pytest
 
+from fedfuse_client.supernode import BEAT
+
 PROGRAM = """
 import sys, threading
 from flwr.supernode.cli import flower_supernode as cli
 
 def gives_up():
+    from flwr.supercore import heartbeat
+    from flwr.supernode import fleet_http_connection
+    print("beats", heartbeat.HEARTBEAT_DEFAULT_INTERVAL, fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL)
     threading.Thread(target=threading.Event().wait).start()  # as its Runtime API does, which keeps serving
     {end}
 
@@ -44,3 +49,4 @@ def test_its_process_ends_whatever_still_runs_in_it(end, code, said):
     )
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
+    assert f"beats {BEAT} {BEAT}" in done.stdout
