@@ -18,6 +18,7 @@ from fedfuse_client.home import SiteHome
 from fedfuse_client.journal import Event, Journal
 from fedfuse_client.run_lock import only_one
 from fedfuse_shared.errors import ConfigError
+from fedfuse_shared.proxies import reach_directly
 from fedfuse_shared.tied import PYTHON
 
 PROGRAM: Final = (*PYTHON, "-m", "fedfuse_client.supernode")
@@ -42,9 +43,7 @@ def run_site(folder: Path, *, insecure: bool, json_logs: bool) -> None:
     program = [*PROGRAM, *_reach(home, connection, insecure=insecure)]
     os.environ.update(_QUIET)
     # Flower's client obeys proxies, also on the way to its own SuperNode on this machine.
-    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(
-        filter(None, [os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")), "127.0.0.1"])
-    )
+    reach_directly("127.0.0.1")
     with (
         only_one(home),
         _journal(policy.site, home, json_logs=json_logs) as journal,

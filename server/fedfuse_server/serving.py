@@ -26,6 +26,7 @@ from fedfuse_shared.commands import Action
 from fedfuse_shared.envelope import encode
 from fedfuse_shared.errors import ConfigError, StateError
 from fedfuse_shared.keyfile import load_key
+from fedfuse_shared.proxies import reach_directly
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def serve(
             who=roster.federation,
             advice="add --as coordinator.key",
         )
+    reach_directly(listening.own_address.rpartition(":")[0])
     superlink = SuperLink(home, listening)
     with holding(home), runlog.logging_to(home.logs / "server.jsonl"), _ending_on_signals():
         grid = LinkGrid(superlink, roster)
