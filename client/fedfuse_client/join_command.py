@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedfuse_shared.config.base import Trust
 from fedfuse_shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,12 +76,6 @@ def join(
         raise ConfigError("--epsilon-cap has to be a positive number")
     home = SiteHome(folder)
     roster, found = read_kit(home, kit, roster_hash)
-    if found.terms.trust is Trust.NONE:
-        raise ConfigError(
-            "plans a run without any privacy (trust = none)",
-            who=str(kit),
-            advice="ask the operator for another plan; a site that wants this all the same writes policy.toml itself",
-        )
     info = read_info(data)
     if not isinstance(info, DatasetInfo):
         raise ConfigError(

@@ -65,6 +65,7 @@ def read_kit(home: SiteHome, folder: Path, roster_hash: str) -> tuple[Roster, Ki
         ProtocolError: a file is missing or malformed.
         VerificationError: roster or kit is not what the operator made for this site.
         StateError: this site's own files cannot be read.
+        ConfigError: the run gives no guarantee at all.
     """
     asked = check_request(read_bounded(home.request, MAX_REQUEST), who=str(home.request)).body
     path = folder / "roster.json"
@@ -79,7 +80,23 @@ def read_kit(home: SiteHome, folder: Path, roster_hash: str) -> tuple[Roster, Ki
             advice=f"send the operator {home.request} and ask for a roster made with it",
         )
     path = folder / "kit.json"
-    return roster, check_kit(read_bounded(path, MAX_KIT), roster, site=asked.site, who=str(path))
+    kit = check_kit(read_bounded(path, MAX_KIT), roster, site=asked.site, who=str(path))
+    check_noise(kit.terms, roster.federation)
+    return roster, kit
+
+
+def check_noise(terms: Terms, federation: str) -> None:
+    """Refuse a run that gives no guarantee at all: nobody agrees to that by accepting a kit.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if terms.trust is Trust.NONE:
+        raise ConfigError(
+            "the run adds no noise: no epsilon bounds what it gives away of a record",
+            who=federation,
+            advice='stay out; for data that need no protection write policy.toml by hand, with trust = ["none"]',
+        )
 
 
 def policy_for(
@@ -92,17 +109,7 @@ def policy_for(
     dataset_sites: Sequence[str] = (),
     epsilon_cap: float | None = None,
 ) -> SitePolicy:
-    """Return the tightest policy that lets a site take part in what is planned, by the code installed here.
-
-    Raises:
-        ConfigError: the run gives no guarantee at all: nobody agrees to that by accepting a kit.
-    """
-    if terms.trust is Trust.NONE:
-        raise ConfigError(
-            "the run adds no noise: no epsilon bounds what it gives away of a record",
-            who=roster.federation,
-            advice='stay out; for data that need no protection write policy.toml by hand, with trust = ["none"]',
-        )
+    """Return the tightest policy that lets a site take part in what is planned, by the code installed here."""
     return SitePolicy(
         site=site,
         federation=roster.federation,

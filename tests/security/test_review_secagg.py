@@ -17,6 +17,7 @@ from fedfuse_client.round import Site
 from fedfuse_client.store import SiteStore
 from fedfuse_server.books import Books
 from fedfuse_server.events import RoundOpened, SiteLeftOut
+from fedfuse_server.progress import showing
 from fedfuse_shared import limits
 from fedfuse_shared.config.base import SERVER
 from fedfuse_shared.config.files import save_toml
@@ -33,7 +34,6 @@ from fedfuse_shared.secagg.bounds import choose
 from fedfuse_shared.secagg.masking import MaskOwner, inverse, pair_masks, self_mask
 from fedfuse_shared.secagg.packing import add_packed
 from fedfuse_shared.secagg.quantise import average, vector_length
-from fedfuse_simulations import session
 from fedfuse_simulations.engines.inline import InlineGrid
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -218,8 +218,8 @@ def test_what_a_site_says_reaches_the_terminal_as_plain_text(said):
     """A site's reason goes to the progress display: escapes rule the terminal, and odd markup ends the run."""
     heard = unpack(pack(Parcel(problem=said)), who="rome")
     out = io.StringIO()
-    with session._progress(Console(file=out, force_terminal=True, color_system=None, width=160), 1) as show:
-        show(SiteLeftOut(1, "rome", Step.KEYS.value, heard.problem), None)
+    with showing(Console(file=out, force_terminal=True, color_system=None, width=160), 1) as show:
+        show(SiteLeftOut(1, "rome", Step.KEYS.value, heard.problem), "")
     assert "\x1b[2J" not in out.getvalue()
     assert "\x1b]" not in out.getvalue()
     if said.startswith("["):

@@ -406,7 +406,7 @@ def test_a_plan_without_privacy_is_not_joined(own):
     call("provision", own / "federation.toml", "--out", own / "open")
     kit = own / "open/sites/lyon"
     hash_ = json.loads((kit / "kit.json").read_bytes())["body"]["roster_hash"]
-    refused(own, ConfigError, "without any privacy", kit=kit, roster_hash=hash_)
+    refused(own, ConfigError, "adds no noise", kit=kit, roster_hash=hash_)
 
 
 def test_a_failure_half_way_leaves_nothing(own, monkeypatch: pytest.MonkeyPatch):
