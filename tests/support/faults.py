@@ -116,14 +116,18 @@ class LongRun(Deployment):
 
     def rounds(self):
         """Return how many rounds were opened, as the server tells."""
-        return len(self.events("RoundOpened"))
+        return len(self.told())
+
+    def told(self):
+        """Return what the server told of each opened round; a server that goes on tells its last one again."""
+        return list({event["round"]: event for event in self.events("RoundOpened")}.values())
 
     def next_round(self, *, of=None, sites=None):
         """Wait for one more round than ``of`` (now, if left out), in which ``sites`` are; return its survivors."""
         before = self.rounds() if of is None else of
 
         def opened():
-            for event in self.events("RoundOpened")[before:]:
+            for event in self.told()[before:]:
                 if sites is None or set(sites) <= set(event["survivors"]):
                     return tuple(event["survivors"])
             return None
