@@ -23,7 +23,7 @@ from fedfuse_shared.messages import Step
 from fedfuse_shared.models import model_hash, outline
 from fedfuse_shared.parcel import Parcel, pack, unpack
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).parents[2]
 LAYOUT = outline(MODEL)[0]
 WEIGHTS = np.zeros(sum(segment.size for segment in LAYOUT), np.float32)
@@ -69,7 +69,6 @@ def test_a_whole_round_is_answered_and_opens(site, around):
     assert [step for step, _ in site.seconds][2:] == list(Step)[1:6]
 
 
-@pytest.mark.slow
 def test_a_site_that_is_not_kept_warm_opens_a_round_too(tmp_path, node, around):
     home = write_site(tmp_path, around, warm=False)
     home.logs.mkdir()
@@ -274,7 +273,6 @@ def threads_after_each_step(tmp_path, how):
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
-@pytest.mark.slow
 def test_torch_is_loaded_when_training_starts_and_has_one_thread(tmp_path):
     assert threads_after_each_step(tmp_path, "trains") == {
         **dict.fromkeys([Step.HELLO, Step.SETTLE, Step.KEYS, Step.SHARES], 0),

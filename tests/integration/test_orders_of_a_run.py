@@ -30,7 +30,7 @@ from fedfuse_shared.ledger.records import Leave
 from fedfuse_simulations.engines.inline import InlineGrid
 from fedfuse_simulations.session import audit
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 class Ordered:

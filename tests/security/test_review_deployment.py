@@ -44,7 +44,7 @@ from fedfuse_shared.errors import ConfigError, ProtocolError
 from fedfuse_shared.keyfile import create_node_key
 from fedfuse_shared.tied import tied
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 FEDERATION = """\
 federation = "demo"
@@ -93,7 +93,6 @@ def test_no_answer_is_computed_by_code_from_there(where, tmp_path):
     assert not (where / "ran").exists()
 
 
-@pytest.mark.slow
 def test_the_superlink_is_not_taken_from_there(where, tmp_path):
     home = three_sites(tmp_path / "federation").home
     superlink = SuperLink(home, Listening("127.0.0.1", free_port(), insecure=True))

@@ -29,6 +29,8 @@ from fedfuse_shared.config.files import save_toml
 from fedfuse_shared.envelope import encode, seal
 from fedfuse_shared.keyfile import create_node_key
 
+pytestmark = pytest.mark.slow
+
 CHECKS = ["files", "disk", "policy", "roster", "node key", "code", "bundle", "data", "budget", "tls", "clock"]
 
 

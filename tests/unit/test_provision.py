@@ -26,6 +26,8 @@ from fedfuse_shared.errors import ConfigError, FedfuseError, ProtocolError, Stat
 from fedfuse_shared.keyfile import create_key, load_key, load_node_public
 from fedfuse_shared.roster import Roster, check_roster
 
+pytestmark = pytest.mark.slow
+
 SITES = ("bern", "lyon", "oslo")
 SETTINGS = """\
 federation = "demo"
