@@ -16,6 +16,7 @@ from support.lone_site import Around
 from support.supernode import RunningSuperNode
 
 from fedfuse_client.answers import Fresh
+from fedfuse_client.round import Site
 from fedfuse_client.tasks import Tasks
 from fedfuse_shared import arrival
 from fedfuse_shared.bundle import bundle, bundle_hash
@@ -79,6 +80,18 @@ def test_a_site_that_is_not_kept_warm_opens_a_round_too(tmp_path, node, around):
     around.play(offer, site.ask, WEIGHTS.tobytes())
     home.open_store().close()  # nobody holds it between two messages
     site.close()
+
+
+def test_what_goes_wrong_ahead_of_a_message_does_not_end_the_site(site, monkeypatch):
+    """Accounting ahead only saves time; what fails there fails again where it is needed, and is answered for."""
+
+    def break_down(_self):
+        raise RuntimeError("out of numbers")
+
+    monkeypatch.setattr(Site, "foresee", break_down)
+    for _ in range(2):
+        assert unpack(settle(site).content, who="site").problem == ""
+    assert [event["event"] for event in site.events()] == ["answered", "failed"] * 2
 
 
 def test_settings_of_a_run_and_of_a_node_are_not_looked_at(site, node, tmp_path):

@@ -1,16 +1,18 @@
 """Both ends of a deployment's connections: what the server offers, and whom a site believes."""
 
-import contextlib
 import json
 import shutil
 import socket
 import ssl
 import subprocess
+from contextlib import contextmanager, suppress
 
 import pytest
 from support.deployment import Deployment, repoint
 from support.machines import Machines
 from support.tls_server import Authority, serving
+
+from fedfuse_client.home import SiteHome
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +70,7 @@ def test_the_server_does_not_answer_without_tls(deployment):
     with socket.create_connection(("127.0.0.1", deployment.port), 10) as plain:
         plain.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         plain.settimeout(10)
-        with contextlib.suppress(ConnectionError):
+        with suppress(ConnectionError):
             assert b"200" not in plain.recv(4096)
 
 
@@ -80,51 +82,41 @@ IMPOSTORS = {
 }
 
 
-@pytest.mark.parametrize("how", IMPOSTORS)
-def test_a_site_sends_nothing_to_a_server_it_cannot_be_sure_of(deployment, tmp_path, how):
-    """Its own authority signs, or does not: the name, the time and the signer each have to be right."""
+@contextmanager
+def site_against(deployment, tmp_path, certify):
+    """A running site and what a server hears of it, whose certificate may come from the authority the site believes."""
     machines = Machines(tmp_path)
     own = Authority()
-    site = deployment.homes["bern"]
-    shutil.copytree(site.root, tmp_path / "site")
-    home = type(site)(tmp_path / "site")
+    shutil.copytree(deployment.homes["bern"].root, tmp_path / "site")
+    home = SiteHome(tmp_path / "site")
     home.authority.write_bytes(own.pem)
     heard = []
 
     def listen(peer):
         heard.append(peer.recv(4096))
 
-    with serving(IMPOSTORS[how](own, tmp_path / "impostor"), listen) as address:
+    with serving(certify(own, tmp_path / "server"), listen) as address:
         repoint(home, address.rpartition(":")[2])
         try:
             machines.start("site", "fedfuse", "site", "run", str(home.root), "--json-logs")
-            log = home.logs / "supernode.log"
-            machines.wait(lambda: log.exists() and "CERTIFICATE_VERIFY_FAILED" in log.read_text(), 60, 0.2)
+            yield machines, home, heard
         finally:
             machines.end()
+
+
+@pytest.mark.parametrize("how", IMPOSTORS)
+def test_a_site_sends_nothing_to_a_server_it_cannot_be_sure_of(deployment, tmp_path, how):
+    """Its own authority signs, or does not: the name, the time and the signer each have to be right."""
+    with site_against(deployment, tmp_path, IMPOSTORS[how]) as (machines, home, heard):
+        log = home.logs / "supernode.log"
+        machines.wait(lambda: log.exists() and "CERTIFICATE_VERIFY_FAILED" in log.read_text(), 60, 0.2)
     assert heard == []
 
 
 def test_a_site_talks_to_the_server_it_knows(deployment, tmp_path):
     """So that the silence above is not that of a site which talks to nobody."""
-    machines = Machines(tmp_path)
-    own = Authority()
-    site = deployment.homes["bern"]
-    shutil.copytree(site.root, tmp_path / "site")
-    home = type(site)(tmp_path / "site")
-    home.authority.write_bytes(own.pem)
-    heard = []
-
-    def listen(peer):
-        heard.append(peer.recv(4096))
-
-    with serving(own.issue(tmp_path / "known"), listen) as address:
-        repoint(home, address.rpartition(":")[2])
-        try:
-            machines.start("site", "fedfuse", "site", "run", str(home.root), "--json-logs")
-            spoken = machines.wait(lambda: [each for each in heard if each.startswith(b"POST")], 60, 0.2)
-        finally:
-            machines.end()
+    with site_against(deployment, tmp_path, lambda own, folder: own.issue(folder)) as (machines, _, heard):
+        spoken = machines.wait(lambda: [each for each in heard if each.startswith(b"POST")], 60, 0.2)
     assert spoken[0].startswith(b"POST /v1/fleet/")
 
 
