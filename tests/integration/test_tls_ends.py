@@ -84,7 +84,7 @@ IMPOSTORS = {
 
 @contextmanager
 def site_against(deployment, tmp_path, certify):
-    """A running site and what a server hears of it, whose certificate may come from the authority the site believes."""
+    """A running site and what a server hears of it, which may have its certificate from the authority it believes."""
     machines = Machines(tmp_path)
     own = Authority()
     shutil.copytree(deployment.homes["bern"].root, tmp_path / "site")
