@@ -82,8 +82,7 @@ class Executor:
             return self._see_off(self._in_hand)
         if accept and self._coming is None and self._tasks is not None:
             self._coming = self._acquire(self._tasks)
-        if accept and self._coming is not None and self._has_come(self._coming):
-            task, self._coming = self._coming, None
+        if accept and (task := self._arrived()) is not None:
             self._serve(task)
             return True
         self._tidy()
@@ -111,6 +110,27 @@ class Executor:
             self._journal.say(Event.FAILED, f"a message was not received ({type(problem).__name__})")
             self._drop()
             return False
+
+    def _arrived(self) -> Task | None:
+        """Return the message that is coming, once all of it is there.
+
+        A SuperNode fetches one at a time. If there is another before this one is whole, it gave this one up, as it
+        does without a word where the server was killed meanwhile.
+        """
+        coming = self._coming
+        if coming is None or self._tasks is None:
+            return None
+        if not self._has_come(coming):
+            newer = self._acquire(self._tasks)
+            if newer is None:
+                return None
+            coming.drop()
+            self._coming = coming = newer
+            self._journal.say(Event.FAILED, "a message was never sent to its end; the next one is answered")
+            if not self._has_come(coming):
+                return None
+        self._coming = None
+        return coming
 
     def _serve(self, task: Task) -> None:
         began = time.monotonic()

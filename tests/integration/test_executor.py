@@ -82,6 +82,19 @@ def test_a_site_that_is_not_kept_warm_opens_a_round_too(tmp_path, node, around):
     site.close()
 
 
+@pytest.mark.parametrize("stage", ["task", "message", "object"])
+def test_a_message_that_never_comes_whole_does_not_hold_up_the_next(site, node, stage):
+    """The server was killed while its message was fetched: Flower leaves the task behind and fetches the next."""
+    node.send(node.begin(), Step.KEYS, pack(Parcel(vector=bytes(6_000_000))), held=True)
+    for reached in node.stages:
+        site.executor.turn()
+        if reached == stage:
+            break
+    assert not node.replies()
+    reply = site.exchange(Step.SETTLE, pack(Parcel()), run=node.begin())
+    assert unpack(reply.content, who="site").problem == ""
+
+
 def test_what_goes_wrong_ahead_of_a_message_does_not_end_the_site(site, monkeypatch):
     """Accounting ahead only saves time; what fails there fails again where it is needed, and is answered for."""
 
