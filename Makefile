@@ -34,11 +34,11 @@ test: setup
 test-fast: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not browser and not deployment"
 
-# testssl.sh looks at the server's end; Debian's is installed where there is none and apt-get may do it.
+# testssl.sh looks at the server's end and libfaketime sets a site's clock; Debian's are installed where apt-get may do it.
 test-full: setup
-	@command -v testssl >/dev/null || command -v testssl.sh >/dev/null || \
-	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends testssl.sh >/dev/null; } || \
-	  { echo "install testssl.sh: as root, apt-get install testssl.sh" >&2; exit 2; }
+	@{ command -v testssl || command -v testssl.sh; } >/dev/null && command -v faketime >/dev/null || \
+	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends testssl.sh faketime >/dev/null; } || \
+	  { echo "install both: as root, apt-get install testssl.sh faketime" >&2; exit 2; }
 	$(BIN)/python -m pytest -n auto --dist worksteal -m ""
 
 # Looks at a report in headless Chromium; Debian's is installed where there is none and apt-get may do it.
