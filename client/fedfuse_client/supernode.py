@@ -1,4 +1,4 @@
-"""Flower's SuperNode as Flower wrote it, but for five things: run as ``python -m fedfuse_client.supernode``.
+"""Flower's SuperNode as Flower wrote it, but for six things: run as ``python -m fedfuse_client.supernode``.
 
 1. It goes nowhere but to its server: Flower follows a redirect to any address, also one in the site's own network.
 2. What it logs is short and printable: names and types of messages are whatever the server writes, of any length.
@@ -6,6 +6,9 @@
 4. It ends when it gives up, so that its supervisor starts it again.
 5. It says twice as often that it is there. Of a site that was killed the server knows after half a minute, not a
    whole one; until then it asks it, waits for it, and lets nobody in with the same key: not even that site again.
+6. It sends no reply but that to the message it fetched last. If a run ends while a message of it is fetched, Flower
+   forgets the message but not its task: the reply to it would be sent in place of the next one's, and so on for good,
+   each reply one message too late.
 
 It looks for a message every three seconds, whatever happened before, and for the reply in hand every half second.
 That was 3.5 of the 3.7 seconds of every exchange. Here it looks again soon after something happened and ever more
@@ -69,6 +72,59 @@ def go_nowhere_else() -> None:
     ProtobufClient.__init__ = make  # type: ignore[method-assign]
 
 
+class Fitting:
+    """A SuperNode's state with no replies in it but those to one message; all others are removed as they are found.
+
+    Args:
+        state: The state.
+        store: Where the objects of messages are.
+        asked: Identifier of that message.
+    """
+
+    def __init__(self, state: Any, store: Any, asked: str) -> None:
+        self._state = state
+        self._store = store
+        self._asked = asked
+
+    def get_messages_legacy(self, **filters: Any) -> list[Any]:
+        """Return what the state does, without replies that nobody waits for."""
+        fitting = []
+        for message in self._state.get_messages_legacy(**filters):
+            if message.metadata.reply_to_message_id == self._asked:
+                fitting.append(message)
+                continue
+            self._state.delete_messages(
+                message_ids=[message.metadata.message_id, message.metadata.reply_to_message_id]
+            )
+            self._store.delete(message.metadata.message_id)
+        return fitting
+
+    def __getattr__(self, name: str) -> Any:
+        """Be the state in all else."""
+        return getattr(self._state, name)
+
+
+def send_only_what_was_asked(loop: Any) -> None:
+    """Have Flower's loop, a module, send only the reply to the message that it fetched last."""
+    fetch, send = loop._pull_and_store_message, loop._push_messages  # noqa: SLF001 - Flower's two halves of a turn
+    asked = ""
+
+    def fetch_and_note(*, receive: Callable[[], Any], **more: Any) -> Any:
+        def noted() -> Any:
+            nonlocal asked
+            received = receive()
+            if received is not None:
+                asked = received[0].metadata.message_id
+            return received
+
+        return fetch(receive=noted, **more)
+
+    def send_fitting(*, state: Any, object_store: Any, **more: Any) -> None:
+        send(state=Fitting(state, object_store, asked), object_store=object_store, **more)
+
+    vars(loop).update(_pull_and_store_message=fetch_and_note, _push_messages=send_fitting)
+
+
 def shorten(record: logging.LogRecord) -> bool:
     """Cut what is logged, and take out what could steer a reader's terminal."""
     text = record.getMessage()[:_MAX_LINE]
@@ -85,6 +141,7 @@ def main() -> None:
     go_nowhere_else()
     logging.getLogger("flwr").addFilter(shorten)
     vars(start_client_internal)["time"] = Pace()
+    send_only_what_was_asked(start_client_internal)
     for module in (heartbeat, fleet_http_connection):
         vars(module)["HEARTBEAT_DEFAULT_INTERVAL"] = BEAT
     threading.excepthook = _thread_failed
