@@ -120,11 +120,11 @@ class Deployment(Machines):
             if site not in but:
                 self.start_site(site)
 
-    def start_server(self, *more, officer="coordinator/anna"):
+    def start_server(self, *more, officer="coordinator/anna", program=(FEDFUSE,)):
         """Start the server's process."""
         key = self.root / "kits" / f"{officer}.key"
         command = [
-            FEDFUSE,
+            *program,
             "server",
             "run",
             str(self.server.root),

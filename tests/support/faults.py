@@ -48,14 +48,18 @@ class LongRun(Deployment):
         self._server = None
 
     # --- processes ------------------------------------------------------------------------------------------
-    def serve(self):
+    def serve(self, *, program=(FEDFUSE,)):
         """Start the server, or the next one, which goes on with the run."""
         more = ("--resume",) if self.server.state.exists() else ()
-        self._server = self.start_server("--wait", self._wait, *more)
+        self._server = self.start_server("--wait", self._wait, *more, program=program)
 
     def is_serving(self):
         """Return whether the server runs."""
         return self._server is not None and self._server.poll() is None
+
+    def server_ended(self):
+        """Return the exit code of the server that ended last."""
+        return self._server.returncode
 
     def kill_server(self):
         """Kill the server as a power cut does."""
