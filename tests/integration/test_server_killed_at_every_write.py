@@ -1,8 +1,8 @@
 """The server is killed, as a process, at each of its durable writes in turn; the next one goes on with the run.
 
 Every write is tried twice: killed just before it, so that what was announced until then stands; and just after it,
-before anybody is told. What must hold after each kill is looked at from outside, by other processes: the state and the
-ledger can be read, the ledger verifies, and no site's store lacks a charge that the ledger has.
+before anybody is told. What must hold after each kill is looked at from outside, by other processes: the state and
+the ledger can be read, the ledger verifies, and no site's store lacks a charge that the ledger has.
 """
 
 import itertools

@@ -1,9 +1,9 @@
 """A server that is killed at one of its durable writes, as a power cut at that moment would end it.
 
-``python dying_server.py AT WHEN fedfuse WORDS...`` is the ``fedfuse`` command, ``python dying_server.py AT WHEN inline
-RUN SITES`` a run's server with its sites in the same process. The process kills itself just before or just after its
-AT-th write to disk. With sites in the same process, if it comes as far as the second attempt after a round was opened,
-it says how many writes it counted and ends as suddenly.
+``python dying_server.py AT WHEN fedfuse WORDS...`` is the ``fedfuse`` command, ``python dying_server.py AT WHEN
+inline RUN SITES`` a run's server with its sites in the same process. The process kills itself just before or just
+after its AT-th write to disk. With sites in the same process, if it comes as far as the second attempt after a round
+was opened, it says how many writes it counted and ends as suddenly.
 """
 
 from __future__ import annotations
