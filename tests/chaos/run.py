@@ -5,15 +5,18 @@ printed: a site, the server or the SuperLink is killed, a site hangs past the ti
 wire is cut. What is drawn when is repeated by the seed; what a fault meets depends on the machine's timing.
 
 In the end the ledger has to verify with its checkpoint, no charge in a site's store may be missing on it, and no
-charge may be on it that the site's store lacks.
+charge may be on it that the site's store lacks. Ctrl-C or SIGTERM ends it sooner; the books are looked at all the
+same.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,16 +85,19 @@ class Chaos:
             run.next_round(of=0)
             self._began = last = time.monotonic()
             opened = run.rounds()
-            while opened < self._rounds:
-                pause(self._numbers.uniform(*BETWEEN))
-                self._count_ended()
-                self._run.heal()
-                self._fault()
-                self._run.heal()
-                if run.rounds() > opened:
-                    opened, last = run.rounds(), time.monotonic()
-                if time.monotonic() - last > STUCK:
-                    raise AssertionError(f"no round was opened for {STUCK:g} s\n{run.last_words()}")
+            with contextlib.suppress(KeyboardInterrupt):
+                while opened < self._rounds:
+                    pause(self._numbers.uniform(*BETWEEN))
+                    self._count_ended()
+                    self._run.heal()
+                    self._fault()
+                    self._run.heal()
+                    if run.rounds() > opened:
+                        opened, last = run.rounds(), time.monotonic()
+                    if time.monotonic() - last > STUCK:
+                        raise AssertionError(f"no round was opened for {STUCK:g} s\n{run.last_words()}")
+            for relay in self._relays.values():
+                relay.mend()  # one may have been cut just then
             seconds = time.monotonic() - self._began
             run.heal()
             run.next_round(sites=SITES)  # everybody is still able to take part
@@ -110,26 +116,25 @@ class Chaos:
             self._numbers.uniform(*CUT),
             self._numbers.random() < 0.5,
         )
+        of_server = kind in {"server killed", "SuperLink killed"}
+        if not (self._run.is_serving() if of_server else self._run.is_up(site)):
+            return  # it ended by itself just before
         self.faults[kind] += 1
         self._console.print(
             f"{time.monotonic() - self._began:7.1f} s  round {self._run.rounds():4}  {kind}"
-            + (f": {site}" if kind not in {"server killed", "SuperLink killed"} else "")
+            + ("" if of_server else f": {site}")
         )
         match kind:
             case "site killed":
-                if self._run.is_up(site):
-                    self._run.kill(site)
+                self._run.kill(site)
                 pause(down)
             case "server killed":
-                if self._run.is_serving():
-                    self._run.kill_server()
+                self._run.kill_server()
                 pause(down)
             case "SuperLink killed":
-                if self._run.is_serving():
-                    self._run.kill_superlink()
+                self._run.kill_superlink()
             case "site hangs":
-                if self._run.is_up(site):
-                    freeze(self._run.running(site), PATIENCE + down)
+                freeze(self._run.running(site), PATIENCE + down)
             case "wire cut":
                 self._relays[site].cut(silent=silent)
                 pause(cut)
@@ -150,6 +155,7 @@ class Chaos:
             "date": datetime.now(UTC).date().isoformat(),
             "commit": commit,
             "rounds": len(self._run.opened()),
+            "asked": self._rounds,
             "attempts": started,
             "aborted": len(self._run.aborted()),
             "faults": dict(sorted(self.faults.items())),
@@ -189,6 +195,7 @@ def main():
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     console = Console(soft_wrap=True)
     console.print(f"make chaos ROUNDS={asked.rounds} SEED={seed}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="fedfuse-chaos-") as folder:
         summary = Chaos(Path(folder) / "demo", asked.rounds, seed, console).play()
     summary = {**summary, "seed": seed}

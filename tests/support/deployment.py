@@ -138,7 +138,7 @@ class Deployment(Machines):
         return self._processes[name]
 
     def kill(self, name):
-        """End a process at once, as a power cut does; its children end with it."""
+        """End a process at once (``kill -9``); its children end with it."""
         process = self._processes[name]
         process.kill()
         process.wait()

@@ -9,18 +9,12 @@ import signal
 import subprocess
 import time
 
-from fedfuse_client.store import SiteStore
-from fedfuse_shared.envelope import decode
-from fedfuse_shared.ledger.checkpoint import Head, origin_of
-from fedfuse_shared.ledger.log import kind_of
-from fedfuse_shared.ledger.merkle import Tree
-from fedfuse_shared.ledger.records import Close, Outcome, Reservation
-from fedfuse_shared.ledger.verification import verify_ledger
-from fedfuse_shared.ledger.verification_report import Code
+from fedfuse_shared.ledger.records import Outcome
 from fedfuse_shared.messages import Step
 from fedfuse_shared.offer import Offer
 from support.deployment import FEDFUSE, Deployment
 from support.small_federation import SITES
+from support.written import audited, charged, closes, leaves_of, stored, whole_lines
 
 STEPS = (Step.KEYS, Step.SHARES, Step.UPDATE, Step.AGREE, Step.UNMASK)
 PATIENCE = 25.0
@@ -62,7 +56,7 @@ class LongRun(Deployment):
         return self._server.returncode
 
     def kill_server(self):
-        """Kill the server as a power cut does."""
+        """Kill the server at once (``kill -9``)."""
         self._server.kill()
         self._server.wait()
 
@@ -184,54 +178,29 @@ class LongRun(Deployment):
         return {line["check"]: line for line in json.loads(done.stdout)["checks"]}
 
     # --- what must hold -------------------------------------------------------------------------------------
-    def ledger(self):
-        """Return the ledger's whole lines: the server may be in the middle of the last."""
-        return self.server.ledger.read_bytes().split(b"\n")[:-1]
-
     def on_ledger(self, site):
         """Return the attempts that a site is charged for on the ledger."""
-        leaves = (
-            decode(raw, Reservation, who="ledger")
-            for raw in self.ledger()
-            if kind_of(raw) == Reservation.kind
-        )
-        return {leaf.body.context for leaf in leaves if leaf.author == site}
+        return charged(whole_lines(self.server.ledger), site)
 
     def in_store(self, site, *, home=None):
         """Return the attempts that a site charged itself for in its own store."""
-        with SiteStore.view((home or self.homes[site]).store) as store:
-            leaves = store.chain("demo", site).leaves_after(0)
-        return {
-            decode(raw, Reservation, who=site).body.context
-            for raw in leaves
-            if kind_of(raw) == Reservation.kind
-        }
+        return stored((home or self.homes[site]).store, "demo", site)
 
     def aborted(self):
         """Return why attempts were aborted, by the ledger."""
-        closes = (
-            decode(raw, Close, who="ledger").body for raw in self.ledger() if kind_of(raw) == Close.kind
-        )
-        return [close.reason for close in closes if close.outcome is Outcome.ABORTED]
+        return [close.reason for close in closes(whole_lines(self.server.ledger), Outcome.ABORTED)]
 
     def settled(self):
         """Nothing is undercounted: every charge in a store reaches the ledger, none is there that its store lacks.
 
-        It also checks the ledger as an auditor does who has no checkpoint.
+        It also checks the ledger as an auditor does.
         """
         before = {site: self.in_store(site) for site in self.sites}
         self.until(lambda: all(before[site] <= self.on_ledger(site) for site in self.sites))
         for site in self.sites:
             known = self.on_ledger(site)
             assert known <= self.in_store(site), f"the ledger charges {site} for what it does not know of"
-        roster = self.server.load_roster().body
-        report = verify_ledger(
-            iter(self.ledger()), roster, Head(origin_of(roster.federation), 0, Tree().root())
-        )
-        # What was written since the last round has no checkpoint yet.
-        findings = [one for one in report.findings if one.code is not Code.BEYOND_CHECKPOINT]
-        assert not findings, findings
-        return report
+        return audited(self.server)
 
     def finish(self):
         """End the server and the sites; check ledger, checkpoint and stores once nothing moves any more.
@@ -243,15 +212,13 @@ class LongRun(Deployment):
         self.stop_server()
         for site in self.sites:
             self.stop_site(site)
-        report, charged = self.check()
-        last = [decode(raw, Offer, who="ledger").body for raw in self.ledger() if kind_of(raw) == Offer.kind][
-            -1
-        ]
+        report, known = self.check()
+        last = leaves_of(whole_lines(self.server.ledger), Offer)[-1].body
         missing = 0
         for site in self.sites:
-            stored = self.in_store(site)
-            assert charged[site] <= stored, f"the ledger charges {site} for what it does not know of"
-            lacks = stored - charged[site]
+            mine = self.in_store(site)
+            assert known[site] <= mine, f"the ledger charges {site} for what it does not know of"
+            lacks = mine - known[site]
             assert lacks <= {last.context()}, f"{site} has charges that the ledger lacks"
             missing += len(lacks)
         return report, missing
